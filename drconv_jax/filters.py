@@ -1,0 +1,184 @@
+"""Filter generators: from a sample to its m filters, as pure functions of (params, x).
+
+A generator is a pair of functions. `init` makes its parameters, a flat dictionary of arrays;
+`apply` makes every sample's filters from them. `GENERATORS` has them by name:
+
+- "pooled", the paper's (Section 3.3): the input pooled to the kernel's size names, tap by tap, how
+  each region mixes a bank of its own.
+- "experts", the authors' released code: the input's global average names how each region mixes
+  one bank that all regions share.
+
+A new generator starts well (both hold for either one):
+
+- The filters have the scale of `kernel_init`: a new DRConv's output varies as a new `nn.Conv`'s.
+- All regions of a sample start with the same filter. A network therefore begins as if its guide
+  did not matter, and regions part as they learn. The two-layer generator at default initial values
+  has neither property: it explodes with width and hands unlike filters to neighbouring positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from drconv_jax.geometry import adaptive_average_pool
+
+Params = Mapping[str, Array]
+Initializer = Callable[..., Array]
+
+# Logits of the mixing weights start this small for inputs of unit variance: the weights of a new
+# generator are near the middle of the sigmoid, whose 1/2 the initial scale counts on.
+_mixing_init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
+
+
+class FilterGenerator(NamedTuple):
+    """`init(key, in_features, features, kernel_size, regions, ...)` and `apply(params, x, ...)`."""
+
+    init: Callable[..., dict[str, Array]]
+    apply: Callable[..., Array]
+
+
+def init_pooled(
+    key: PRNGKeyArray,
+    in_features: int,
+    features: int,
+    kernel_size: Sequence[int],
+    regions: int,
+    *,
+    feature_group_count: int = 1,
+    kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+    param_dtype: jnp.dtype = jnp.float32,
+) -> dict[str, Float[Array, "..."]]:
+    """Parameters of the paper's generator.
+
+    Returns:
+      `mixing_kernel` (in, m, m) and `mixing_bias` (m, m): the 1x1 convolution from the pooled
+      input to m mixing logits for each of m regions; `bank_kernel` (m, m, in/groups, features) and
+      `bank_bias` (m, in/groups, features): the 1x1 convolution in m groups, from each region's m
+      mixing weights to its filter.
+    """
+    mixing_key, *bank_keys = jax.random.split(key, 1 + regions)
+    shape = (*kernel_size, in_features // feature_group_count, features)
+    # One tap of a whole kernel: the taps share the bank, and kernel_init must see the true fan-in.
+    tap = (0,) * len(kernel_size)
+    bank = jnp.stack([kernel_init(k, shape, param_dtype)[tap] for k in bank_keys])
+    bank = bank * (2 / regions**0.5)  # a sum of m terms, each weighed by 1/2
+    mixing = _mixing_init(mixing_key, (in_features, regions), param_dtype)
+    return {
+        "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
+        "mixing_bias": jnp.zeros((regions, regions), param_dtype),
+        "bank_kernel": jnp.repeat(bank[None], regions, axis=0),
+        "bank_bias": jnp.zeros((regions, *shape[-2:]), param_dtype),
+    }
+
+
+def pooled_filters(
+    params: Params,
+    x: Float[Array, "batch *spatial in"],
+    kernel_size: Sequence[int],
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "batch regions *kernel in_per_group features"]:
+    """The paper's generator (Section 3.3 and Figure 3).
+
+    Adaptive average pooling of x to the kernel's size, a 1x1 convolution to m x m channels,
+    sigmoid (in float32 or wider), and a 1x1 convolution in m groups without activation.
+
+    Args:
+      params: as `init_pooled` makes them, in the dtype to compute in.
+      x: the input, in the same dtype.
+      kernel_size: taps of the filters.
+      precision: of the products, as in `jax.lax.dot_general`.
+
+    Returns:
+      m filters per sample.
+    """
+    context = adaptive_average_pool(x, kernel_size)
+    weights = jax.nn.sigmoid(
+        _product("b...i,irn->b...rn", context, params["mixing_kernel"], precision)
+        + _wide(params["mixing_bias"])
+    ).astype(x.dtype)
+    filters = _product("b...rn,rnio->br...io", weights, params["bank_kernel"], precision)
+    bias = params["bank_bias"]
+    taps = (1,) * len(kernel_size)
+    filters = filters + _wide(bias.reshape(bias.shape[0], *taps, *bias.shape[1:]))[None]
+    return filters.astype(x.dtype)
+
+
+def init_experts(
+    key: PRNGKeyArray,
+    in_features: int,
+    features: int,
+    kernel_size: Sequence[int],
+    regions: int,
+    *,
+    experts: int = 8,
+    feature_group_count: int = 1,
+    kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+    param_dtype: jnp.dtype = jnp.float32,
+) -> dict[str, Float[Array, "..."]]:
+    """Parameters of the released code's generator with E experts.
+
+    Returns:
+      `mixing_kernel` (in, m, E) and `mixing_bias` (m, E): the linear map from the averaged input
+      to E mixing logits for each region; `bank_kernel` (E, *kernel, in/groups, features): the
+      experts, shared by all regions.
+    """
+    mixing_key, *bank_keys = jax.random.split(key, 1 + experts)
+    shape = (*kernel_size, in_features // feature_group_count, features)
+    bank = jnp.stack([kernel_init(k, shape, param_dtype) for k in bank_keys])
+    mixing = _mixing_init(mixing_key, (in_features, experts), param_dtype)
+    return {
+        "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
+        "mixing_bias": jnp.zeros((regions, experts), param_dtype),
+        "bank_kernel": bank * experts**0.5,  # a mean of E terms
+    }
+
+
+def experts_filters(
+    params: Params,
+    x: Float[Array, "batch *spatial in"],
+    kernel_size: Sequence[int],
+    *,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "batch regions *kernel in_per_group features"]:
+    """The generator of the authors' released code (megvii-research/DRConv).
+
+    Global average of x, a linear map to m x E logits, 2 sigmoid / E (in float32 or wider), and
+    the sum of the E shared filter banks with those weights.
+
+    Args:
+      params: as `init_experts` makes them, in the dtype to compute in.
+      x: the input, in the same dtype.
+      kernel_size: taps of the filters; the bank has them already.
+      precision: of the products, as in `jax.lax.dot_general`.
+
+    Returns:
+      m filters per sample.
+    """
+    del kernel_size
+    wide = jnp.promote_types(x.dtype, jnp.float32)
+    context = x.mean(axis=range(1, x.ndim - 1), dtype=wide).astype(x.dtype)
+    logits = _product("bi,ire->bre", context, params["mixing_kernel"], precision)
+    logits = logits + _wide(params["mixing_bias"])[None]
+    weights = (jax.nn.sigmoid(logits) * (2 / logits.shape[-1])).astype(x.dtype)
+    return _product("bre,e...->br...", weights, params["bank_kernel"], precision).astype(x.dtype)
+
+
+def _product(equation: str, a: Array, b: Array, precision: jax.lax.PrecisionLike) -> Array:
+    wide = jnp.promote_types(a.dtype, jnp.float32)
+    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=wide)
+
+
+def _wide(values: Array) -> Array:
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+
+
+GENERATORS: Mapping[str, FilterGenerator] = {
+    "pooled": FilterGenerator(init_pooled, pooled_filters),
+    "experts": FilterGenerator(init_experts, experts_filters),
+}

@@ -1,0 +1,82 @@
+"""Guide features to guide mask: a hard choice forward, its softmax backward (Section 3.2)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def region_index(guide_features: Float[Array, "*positions regions"]) -> Int[Array, "*positions"]:
+    """The region of every position: the argmax of its guide features (Eq. 3).
+
+    Ties go to the first maximum; where guide features are NaN, the first NaN counts as the
+    maximum, so that the index is always a valid region.
+
+    Args:
+      guide_features: one logit per region at every position.
+
+    Returns:
+      int32 indices in [0, regions).
+
+    Raises:
+      TypeError: the guide features are not floating point.
+      ValueError: there is no region to choose.
+    """
+    _check(guide_features)
+    return jnp.argmax(guide_features, axis=-1).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def guide_mask(
+    guide_features: Float[Array, "*positions regions"],
+) -> Float[Array, "*positions regions"]:
+    """The guide mask as one-hot vectors, differentiable through softmax (Eq. 3 and 6-8).
+
+    Forward, the one-hot of `region_index`. Backward, the mask is treated as the softmax of the
+    guide features over the last axis, computed in float32 or wider.
+
+    Args:
+      guide_features: one logit per region at every position.
+
+    Returns:
+      A mask of the same shape and dtype that is 1 at the chosen region and 0 elsewhere.
+
+    Raises:
+      TypeError: the guide features are not floating point.
+      ValueError: there is no region to choose.
+    """
+    regions = guide_features.shape[-1] if guide_features.ndim else 0
+    return jax.nn.one_hot(region_index(guide_features), regions, dtype=guide_features.dtype)
+
+
+def softmax_vjp(
+    guide_features: Float[Array, "*positions regions"],
+    cotangent: Float[Array, "*positions regions"],
+) -> Float[Array, "*positions regions"]:
+    """The gradient of the guide features, given that of the mask (Eq. 7-8).
+
+    With s = softmax(F) and g the cotangent: dL/dF_j = s_j (g_j - sum_i s_i g_i). A NaN among a
+    position's guide features makes that position's gradient NaN.
+    """
+    wide = jnp.promote_types(guide_features.dtype, jnp.float32)
+    soft = jax.nn.softmax(guide_features.astype(wide), axis=-1)
+    weighted = soft * cotangent.astype(wide)
+    gradient = weighted - soft * weighted.sum(axis=-1, keepdims=True)
+    return gradient.astype(guide_features.dtype)
+
+
+guide_mask.defvjp(
+    lambda guide_features: (guide_mask(guide_features), guide_features),
+    lambda guide_features, cotangent: (softmax_vjp(guide_features, cotangent),),
+)
+
+
+def _check(guide_features: Array) -> None:
+    if not jnp.issubdtype(guide_features.dtype, jnp.floating):
+        raise TypeError(f"guide features must be floating point, got {guide_features.dtype}.")
+    if guide_features.ndim == 0 or guide_features.shape[-1] < 1:
+        raise ValueError(
+            "guide features must have shape (*positions, regions) with at least one region, got "
+            f"{guide_features.shape}."
+        )

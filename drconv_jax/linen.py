@@ -1,0 +1,105 @@
+"""DRConv for flax.linen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen.dtypes import promote_dtype
+from flax.typing import Dtype, Initializer, PrecisionLike
+from jaxtyping import Array, Float
+
+from drconv_jax import functional
+from drconv_jax.geometry import Padding
+
+
+class DRConv(nn.Module):
+    """Dynamic region-aware convolution (Chen et al., CVPR 2021), in place of `nn.Conv`.
+
+    For every sample, a guide convolution assigns each output position to one of m regions, and each
+    region is convolved with a filter of its own, generated from that sample. Arguments that
+    `nn.Conv` has mean what they mean there.
+
+    Example::
+
+      >>> import jax, jax.numpy as jnp
+      >>> from drconv_jax import DRConv
+      >>> layer = DRConv(features=64, regions=8)
+      >>> x = jnp.ones((2, 32, 32, 16))
+      >>> variables = layer.init(jax.random.key(0), x)
+      >>> layer.apply(variables, x).shape
+      (2, 32, 32, 64)
+
+    The region index of the last call, (*batch, *out_spatial), is sown as `region_index` into the
+    collection "intermediates"; ask for it with `apply(..., mutable="intermediates")`.
+
+    Attributes:
+      features: channels of the output.
+      kernel_size: taps per spatial dimension; an integer stands for a 1-dimensional kernel.
+      regions: m, the number of regions and of filters per sample.
+      strides, padding, input_dilation, kernel_dilation, feature_group_count: as in `nn.Conv`.
+      use_bias: whether to add a bias per feature, shared by all regions.
+      guide_kernel_size: taps of the guide convolution. None follows the source of the generator:
+        the layer's own kernel size as in the paper for "pooled", 1 as in the released code for
+        "experts".
+      filter_generator: "pooled", the paper's (Section 3.3), or "experts", the released code's.
+      experts: number of filter banks that the "experts" generator mixes.
+      dtype: of the computation; None infers it from input and parameters. Whatever it is, products
+        accumulate in float32 and the guide's argmax and softmax and the generator's sigmoid are in
+        float32.
+      param_dtype: of the parameters.
+      precision: of the products, see `jax.lax.Precision`.
+      kernel_init: the distribution of the filters that a new layer generates.
+      bias_init: initial bias.
+      promote_dtype: brings input and parameters to one dtype, as in `nn.Conv`.
+      implementation: of the region convolution, see `drconv_jax.region_conv`.
+    """
+
+    features: int
+    kernel_size: int | Sequence[int] = (3, 3)
+    regions: int = 8
+    strides: int | Sequence[int] | None = 1
+    padding: Padding = "SAME"
+    input_dilation: int | Sequence[int] | None = 1
+    kernel_dilation: int | Sequence[int] | None = 1
+    feature_group_count: int = 1
+    use_bias: bool = True
+    guide_kernel_size: int | Sequence[int] | None = None
+    filter_generator: str = "pooled"
+    experts: int = 8
+    dtype: Dtype | None = None
+    param_dtype: Dtype = jnp.float32
+    precision: PrecisionLike = None
+    kernel_init: Initializer = nn.initializers.lecun_normal()
+    bias_init: Initializer = nn.initializers.zeros_init()
+    promote_dtype: Callable[..., Any] = promote_dtype
+    implementation: str | Sequence[str] | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "..."], guide: Float[Array, "..."] | None = None
+    ) -> Float[Array, "..."]:
+        """Applies the layer.
+
+        Args:
+          x: (*batch, *spatial, in), with any number of batch dimensions, none included.
+          guide: guide features (*batch, *spatial, m) to use in place of the layer's own, which
+            then has no guide convolution; of another spatial size than the output's, they are
+            resized by nearest neighbour.
+
+        Returns:
+          The output, (*batch, *out_spatial, features).
+
+        Raises:
+          ValueError: a field is out of range, or x or guide has a shape that does not fit.
+        """
+        hyper = functional.Hyperparameters.of(
+            self, promote_dtype=lambda values, dtype: self.promote_dtype(*values, dtype=dtype)
+        )
+        inits = functional.init(hyper, x.shape[-1], with_guide=guide is None)
+        params = {name: self.param(name, init) for name, init in inits.items()}
+        y, index = functional.apply(hyper, params, x, guide)
+        self.sow("intermediates", "region_index", index)
+        return y

@@ -1,0 +1,123 @@
+"""The region convolution: every position is convolved with the filter of its own region.
+
+One door, `region_conv`, with several implementations behind it. `reference` is the definition;
+the others are held to it, values and every gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from drconv_jax.geometry import Padding, Window, window_of
+from drconv_jax.region_conv.fused import RegionConv
+from drconv_jax.region_conv.reference import reference
+
+IMPLEMENTATIONS: Mapping[str, RegionConv] = {"reference": reference}
+
+
+def region_conv(
+    x: Float[Array, "batch *spatial in"],
+    filters: Float[Array, "batch regions *kernel in_per_group features"],
+    guide_features: Float[Array, "batch *out_spatial regions"],
+    *,
+    strides: int | Sequence[int] | None = 1,
+    padding: Padding = "SAME",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    feature_group_count: int = 1,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | Sequence[str] | None = None,
+) -> Float[Array, "batch *out_spatial features"]:
+    """y[p] = W[M[p]] applied to the window of x at p, with M = argmax F (Eq. 3-5).
+
+    A window may reach into a neighbouring region. The gradient of the guide features is that of a
+    soft mask, softmax(F) in place of the one-hot of M (Eq. 6-8); x and the filters get the
+    gradient of the hard forward.
+
+    Args:
+      x: the input, channels last, with 1, 2 or 3 spatial dimensions.
+      filters: m filters for every sample, in the dtype of x.
+      guide_features: one logit per region at every position of the output.
+      strides, padding, input_dilation, kernel_dilation, feature_group_count, precision: as in
+        `flax.linen.Conv`.
+      implementation: a name, or names to try in turn (one that does not do what is asked passes
+        it on to the next), or None to choose by platform. One of: "reference".
+
+    Returns:
+      The output in the dtype of x.
+
+    Raises:
+      ValueError: the shapes do not fit each other, or an argument has no meaning.
+      TypeError: x and filters have different dtypes, or a dtype is not floating point.
+      NotImplementedError: none of the named implementations does what is asked.
+    """
+    rank = x.ndim - 2
+    if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != filters.dtype:
+        raise TypeError(
+            f"x and filters must have the same floating-point dtype, got {x.dtype} and "
+            f"{filters.dtype}."
+        )
+    if not jnp.issubdtype(guide_features.dtype, jnp.floating):
+        raise TypeError(f"guide_features must be floating point, got {guide_features.dtype}.")
+    if rank not in (1, 2, 3):
+        raise ValueError(
+            "x must have shape (batch, *spatial, in) with 1, 2 or 3 spatial dimensions, got "
+            f"{x.shape}."
+        )
+    if filters.ndim != rank + 4 or filters.shape[0] != x.shape[0]:
+        raise ValueError(
+            f"filters must have shape (batch, regions, *kernel, in/groups, features) with batch "
+            f"{x.shape[0]} and {rank} kernel dimensions as x has, got {filters.shape}."
+        )
+    groups, (in_per_group, features) = feature_group_count, filters.shape[-2:]
+    if groups < 1 or features % groups:
+        raise ValueError(
+            f"feature_group_count must be at least 1 and divide features={features}, got {groups}."
+        )
+    if in_per_group * groups != x.shape[-1]:
+        raise ValueError(
+            f"filters of shape {filters.shape} read {in_per_group} channels in each of {groups} "
+            f"groups, but x has {x.shape[-1]} channels, which takes {x.shape[-1] / groups:g}."
+        )
+    x, window = window_of(
+        x,
+        filters.shape[2:-2],
+        strides=strides,
+        padding=padding,
+        input_dilation=input_dilation,
+        kernel_dilation=kernel_dilation,
+    )
+    regions = filters.shape[1]
+    expected = (x.shape[0], *window.output_shape(x.shape[1:-1]), regions)
+    if regions < 1 or guide_features.shape != expected:
+        raise ValueError(
+            f"guide_features must have shape (batch, *out_spatial, regions) = {expected} with at "
+            f"least one region for these x and filters, got {guide_features.shape}."
+        )
+    return _choose(implementation)(x, filters, guide_features, window, groups, precision)
+
+
+def _choose(implementation: str | Sequence[str] | None) -> RegionConv:
+    if implementation is None:
+        return reference
+    names = [implementation] if isinstance(implementation, str) else list(implementation)
+    unknown = [name for name in names if name not in IMPLEMENTATIONS]
+    if unknown or not names:
+        raise ValueError(
+            f"implementation must be None or made of {', '.join(IMPLEMENTATIONS)}, got "
+            f"{implementation!r}."
+        )
+
+    def first_willing(*args: object) -> Array:
+        for name in names[:-1]:
+            try:
+                return IMPLEMENTATIONS[name](*args)  # type: ignore[arg-type]
+            except NotImplementedError:
+                continue
+        return IMPLEMENTATIONS[names[-1]](*args)  # type: ignore[arg-type]
+
+    return first_willing
