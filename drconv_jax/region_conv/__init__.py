@@ -13,10 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Padding, Window, window_of
-from drconv_jax.region_conv.fused import RegionConv
+from drconv_jax.region_conv import cpu
+from drconv_jax.region_conv.fused import RegionConv, fused
 from drconv_jax.region_conv.reference import reference
 
-IMPLEMENTATIONS: Mapping[str, RegionConv] = {"reference": reference}
+IMPLEMENTATIONS: Mapping[str, RegionConv] = {"reference": reference, "cpu": fused(cpu)}
 
 
 def region_conv(

@@ -1,10 +1,15 @@
-"""The fast path's shape: an implementation's two functions, and the one gradient rule over them."""
+"""The fast path: what a kernel must offer, and the gradient rule that all kernels share."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float, Int
 
 from drconv_jax.geometry import Window
@@ -12,7 +17,7 @@ from drconv_jax.guide import region_index, softmax_vjp
 
 
 class RegionConv(Protocol):
-    """A differentiable region convolution over checked arguments."""
+    """A differentiable region convolution over arguments that `region_conv` has checked."""
 
     def __call__(
         self,
@@ -23,3 +28,102 @@ class RegionConv(Protocol):
         groups: int,
         precision: jax.lax.PrecisionLike,
     ) -> Float[Array, "batch *out_spatial features"]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Statics:
+    """What a kernel is compiled for, besides shapes and dtypes."""
+
+    window: Window
+    groups: int
+    precision: Any
+
+
+class Kernel(Protocol):
+    """A region convolution given the regions, and its gradients.
+
+    Neither function is differentiated. Either raises NotImplementedError at trace time for what
+    it does not do.
+    """
+
+    def forward(
+        self,
+        statics: Statics,
+        x: Float[Array, "batch *spatial in"],
+        filters: Float[Array, "batch regions *kernel in_per_group features"],
+        index: Int[Array, "batch *out_spatial"],
+    ) -> Float[Array, "batch *out_spatial features"]:
+        """y[p] = W[index[p]] applied to the window of x at p."""
+
+    def backward(
+        self,
+        statics: Statics,
+        x: Float[Array, "batch *spatial in"],
+        filters: Float[Array, "batch regions *kernel in_per_group features"],
+        index: Int[Array, "batch *out_spatial"],
+        y: Float[Array, "batch *out_spatial features"],
+        dy: Float[Array, "batch *out_spatial features"],
+    ) -> tuple[
+        Float[Array, "batch *spatial in"],
+        Float[Array, "batch regions *kernel in_per_group features"],
+        Float[Array, "batch *out_spatial regions"],
+    ]:
+        """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
+
+
+def fused(kernel: Kernel) -> RegionConv:
+    """The differentiable region convolution of a kernel (Eq. 3-8).
+
+    The kernel computes on indices; the guide's hard choice and its softmax gradient are here.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def convolve(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
+        forward = _foldable(functools.partial(kernel.forward, statics))
+        return forward(x, filters, region_index(guide_features))
+
+    def convolve_forward(
+        statics: Statics, x: Array, filters: Array, guide_features: Array
+    ) -> tuple[Array, tuple[Array, ...]]:
+        y = convolve(statics, x, filters, guide_features)
+        return y, (x, filters, guide_features, y)
+
+    def convolve_backward(
+        statics: Statics, residuals: tuple[Array, ...], dy: Array
+    ) -> tuple[Array, Array, Array]:
+        x, filters, guide_features, y = residuals
+        backward = _foldable(functools.partial(kernel.backward, statics))
+        dx, dfilters, scores = backward(x, filters, region_index(guide_features), y, dy)
+        return dx, dfilters, softmax_vjp(guide_features, scores)
+
+    convolve.defvjp(convolve_forward, convolve_backward)
+
+    def region_conv(
+        x: Array,
+        filters: Array,
+        guide_features: Array,
+        window: Window,
+        groups: int,
+        precision: jax.lax.PrecisionLike,
+    ) -> Array:
+        statics = Statics(window, groups, jax.lax.Precision(precision) if precision else None)
+        return convolve(statics, x, filters, guide_features)
+
+    return region_conv
+
+
+def _foldable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` over arrays with a leading batch axis, into which `vmap` folds its own."""
+    function = custom_vmap(function)
+
+    @function.def_vmap
+    def fold(axis_size: int, batched: list[bool], *args: Array) -> tuple[Any, Any]:
+        whole = [
+            a if is_batched else jnp.broadcast_to(a, (axis_size, *a.shape))
+            for a, is_batched in zip(args, batched, strict=True)
+        ]
+        result = function(*(a.reshape(-1, *a.shape[2:]) for a in whole))
+        result = jax.tree.map(lambda r: r.reshape(axis_size, -1, *r.shape[1:]), result)
+        return result, jax.tree.map(lambda _: True, result)
+
+    return function

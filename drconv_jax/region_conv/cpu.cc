@@ -1,0 +1,895 @@
+// The region convolution on a CPU, forward and backward, as two XLA FFI handlers.
+//
+// For every sample, positions are listed region by region. The rows of one region (each row is a
+// window of x) then meet that region's filter in a register-blocked product: a few rows by one
+// panel of 64 bytes of output channels. No position is computed for a region it did not choose,
+// and no window is copied: rows are read where they lie, tap by tap.
+//
+// Backward, with dy the output's cotangent:
+//   scores[p, j] = <dy[p], (W_j * x)[p]>   the forward product again, folded onto dy in registers;
+//                                          for the chosen region it is <dy[p], y[p]>.
+//   dx           = the chosen filter's transpose applied to dy, scattered tap by tap.
+//   dW_j         = sum over region j's rows of x[window of p] dy[p]^T.
+//
+// Every result is a sum in an order that depends on the shapes alone, never on the threads.
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <numeric>
+#include <type_traits>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+#define INLINE inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------
+// Values: storage types, and the types they are computed in.
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+INLINE float Widen(BFloat16 value) {
+  uint32_t bits = static_cast<uint32_t>(value.bits) << 16;
+  float result;
+  std::memcpy(&result, &bits, sizeof result);
+  return result;
+}
+INLINE float Widen(float value) { return value; }
+INLINE double Widen(double value) { return value; }
+
+INLINE void Narrow(float value, BFloat16* result) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {
+    result->bits = static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
+  } else {
+    result->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to even
+  }
+}
+INLINE void Narrow(float value, float* result) { *result = value; }
+INLINE void Narrow(double value, double* result) { *result = value; }
+
+// A panel is 64 bytes of columns, held in as many registers as the instruction set needs for them;
+// with kRows rows of it, sums, one row of weights and a broadcast value fit the register file.
+template <int kRegisterBytes, int kRowsAtOnce>
+struct InstructionSet {
+  static constexpr int kRows = kRowsAtOnce;
+  template <typename T>
+  struct Panel {
+    typedef T Register __attribute__((vector_size(kRegisterBytes)));
+    static constexpr int kRegisters = 64 / kRegisterBytes;
+    static constexpr int kLanes = kRegisterBytes / sizeof(T);
+    Register part[kRegisters];
+
+    static INLINE Panel Zero() {
+      Panel zero;
+      for (int i = 0; i < kRegisters; ++i) zero.part[i] = Register{};
+      return zero;
+    }
+    static INLINE Panel Load(const T* source) {
+      Panel panel;
+      for (int i = 0; i < kRegisters; ++i)
+        std::memcpy(&panel.part[i], source + i * kLanes, kRegisterBytes);
+      return panel;
+    }
+    INLINE void AddProduct(T scalar, const Panel& other) {
+      for (int i = 0; i < kRegisters; ++i) part[i] += scalar * other.part[i];
+    }
+    INLINE T Dot(const Panel& other) const {
+      Register products{};
+      for (int i = 0; i < kRegisters; ++i) products += part[i] * other.part[i];
+      T sum = 0;
+      for (int i = 0; i < kLanes; ++i) sum += products[i];
+      return sum;
+    }
+    INLINE void Spill(T* target) const { std::memcpy(target, part, 64); }
+  };
+};
+
+template <typename T>
+constexpr int64_t kPanelWidth = 64 / sizeof(T);
+
+// Stores a panel's first `width` columns.
+template <typename Isa, typename T>
+INLINE void Store(const typename Isa::template Panel<T>& panel, int64_t width, T* target) {
+  using Panel = typename Isa::template Panel<T>;
+#pragma GCC unroll 4
+  for (int i = 0; i < Panel::kRegisters; ++i, width -= Panel::kLanes, target += Panel::kLanes) {
+    if (width >= Panel::kLanes) {
+      std::memcpy(target, &panel.part[i], sizeof panel.part[i]);
+    } else {
+      for (int lane = 0; lane < Panel::kLanes - 1; ++lane)
+        if (lane < width) target[lane] = panel.part[i][lane];
+    }
+  }
+}
+
+// Code is compiled for the baseline of its architecture and, on x86-64, again for AVX2 and for
+// AVX-512; Workers picks by the processor it runs on. All code below a task is inlined into it.
+#if defined(__x86_64__)
+using Baseline = InstructionSet<16, 2>;
+using Avx2 = InstructionSet<32, 6>;
+using Avx512 = InstructionSet<64, 12>;
+#define TARGET_AVX2 __attribute__((target("avx2,fma")))
+#define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
+#else
+using Baseline = InstructionSet<16, 5>;
+#endif
+
+// ---------------------------------------------------------------------------------------------
+// Shapes.
+
+struct Shape {
+  int64_t batch, in, features, regions, groups;
+  std::array<int64_t, 3> spatial, out, kernel, strides, low, dilation;
+  int64_t positions, in_positions, taps, in_per_group, features_per_group;
+
+  int64_t filter_size() const { return taps * in_per_group * features; }
+};
+
+// offsets[tap * positions + p]: the input position under that tap, or -1 where padding lies.
+std::vector<int32_t> WindowOffsets(const Shape& s) {
+  std::vector<int32_t> offsets(s.taps * s.positions);
+  int32_t* next = offsets.data();
+  for (int64_t a = 0; a < s.kernel[0]; ++a)
+    for (int64_t b = 0; b < s.kernel[1]; ++b)
+      for (int64_t c = 0; c < s.kernel[2]; ++c)
+        for (int64_t i = 0; i < s.out[0]; ++i)
+          for (int64_t j = 0; j < s.out[1]; ++j)
+            for (int64_t k = 0; k < s.out[2]; ++k) {
+              int64_t at[3] = {i * s.strides[0] - s.low[0] + a * s.dilation[0],
+                               j * s.strides[1] - s.low[1] + b * s.dilation[1],
+                               k * s.strides[2] - s.low[2] + c * s.dilation[2]};
+              bool inside = true;
+              for (int d = 0; d < 3; ++d) inside &= at[d] >= 0 && at[d] < s.spatial[d];
+              *next++ = inside ? static_cast<int32_t>(
+                                     (at[0] * s.spatial[1] + at[1]) * s.spatial[2] + at[2])
+                               : -1;
+            }
+  return offsets;
+}
+
+// One sample's positions, region by region; region j's are order[first[j] .. first[j + 1]).
+struct Regions {
+  std::vector<int32_t> order, first;
+
+  void Sort(const int32_t* index, int64_t positions, int64_t regions) {
+    order.resize(positions);
+    first.assign(regions + 1, 0);
+    auto region = [&](int64_t p) {  // whatever the bytes, a region that exists
+      return static_cast<uint32_t>(index[p]) < regions ? index[p] : 0;
+    };
+    for (int64_t p = 0; p < positions; ++p) ++first[region(p) + 1];
+    for (int64_t j = 0; j < regions; ++j) first[j + 1] += first[j];
+    std::vector<int32_t> next(first.begin(), first.end() - 1);
+    for (int64_t p = 0; p < positions; ++p) order[next[region(p)]++] = static_cast<int32_t>(p);
+  }
+};
+
+// ---------------------------------------------------------------------------------------------
+// Threads: XLA's own, with the caller working too, so that a busy pool can delay but never block.
+
+template <typename Task>
+void RunBaseline(const Task& task, int64_t number) {
+  task.template Run<Baseline>(number);
+}
+#if defined(__x86_64__)
+template <typename Task>
+TARGET_AVX2 void RunAvx2(const Task& task, int64_t number) {
+  task.template Run<Avx2>(number);
+}
+template <typename Task>
+TARGET_AVX512 void RunAvx512(const Task& task, int64_t number) {
+  task.template Run<Avx512>(number);
+}
+#endif
+
+template <typename Task>
+auto BestFor(const Task&) -> void (*)(const Task&, int64_t) {
+#if defined(__x86_64__)
+  if (std::is_same_v<typename Task::Value, double>) return RunBaseline<Task>;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+    return RunAvx512<Task>;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return RunAvx2<Task>;
+#endif
+  return RunBaseline<Task>;
+}
+
+class Workers {
+ public:
+  explicit Workers(ffi::ThreadPool pool)
+      : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
+
+  int64_t threads() const { return threads_; }
+
+  // Runs task.Run(0), ..., task.Run(count - 1).
+  template <typename Task>
+  void For(int64_t count, const Task& task) {
+    if (count <= 0) return;
+    struct State {
+      std::atomic<int64_t> next{0};
+      int64_t done = 0;
+      std::mutex mutex;
+      std::condition_variable all_done;
+    };
+    auto state = std::make_shared<State>();
+    // `task` outlives its use: this call returns only when all is done, and a helper that starts
+    // later finds nothing left to do.
+    auto work = [state, count, task = &task, run = BestFor(task)] {
+      int64_t finished = 0;
+      for (int64_t number; (number = state->next.fetch_add(1)) < count; ++finished)
+        run(*task, number);
+      if (finished == 0) return;
+      std::lock_guard<std::mutex> lock(state->mutex);
+      state->done += finished;
+      if (state->done == count) state->all_done.notify_all();
+    };
+    for (int64_t helper = 1; helper < std::min(count, threads_); ++helper) pool_.Schedule(decltype(work)(work));
+    work();
+    std::unique_lock<std::mutex> lock(state->mutex);
+    state->all_done.wait(lock, [&] { return state->done == count; });
+  }
+
+ private:
+  ffi::ThreadPool pool_;
+  int64_t threads_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// The products.
+
+// Copies `width` columns of a matrix into a panel, zeros behind.
+template <typename T>
+INLINE void Pack(const T* source, int64_t rows, int64_t stride, int64_t width, T* panel) {
+  for (int64_t r = 0; r < rows; ++r, source += stride, panel += kPanelWidth<T>) {
+    if (width == kPanelWidth<T>) {
+      std::memcpy(panel, source, 64);
+    } else {
+      for (int64_t i = 0; i < width; ++i) panel[i] = source[i];
+      for (int64_t i = width; i < kPanelWidth<T>; ++i) panel[i] = 0;
+    }
+  }
+}
+
+// The same for the transpose: `width` rows of a matrix become the panel's columns.
+template <typename T>
+INLINE void PackTransposed(const T* source, int64_t columns, int64_t stride, int64_t width,
+                           T* panel) {
+  for (int64_t c = 0; c < columns; ++c, panel += kPanelWidth<T>) {
+    for (int64_t i = 0; i < width; ++i) panel[i] = source[i * stride + c];
+    for (int64_t i = width; i < kPanelWidth<T>; ++i) panel[i] = 0;
+  }
+}
+
+// Where the windows of some rows lie in one sample of x, for one group of its channels.
+template <typename T>
+struct Windows {
+  const T* x;
+  int64_t stride;  // values from one position to the next
+  int64_t channels, taps;
+  const int32_t* offsets;  // WindowOffsets, or null where row p is position p
+  int64_t positions;
+  const T* zeros;  // as many as there are channels: what lies in the padding
+
+  INLINE const T* Row(int64_t tap, int64_t p) const {
+    const int64_t at = offsets ? offsets[tap * positions + p] : p;
+    return at < 0 ? zeros : x + at * stride;
+  }
+};
+
+// Fetches memory to come, bit by bit while something else is computed. Filters are read once, in
+// narrow columns, from arrays larger than any cache: no hardware would foresee it.
+struct Ahead {
+  const char* at;
+  int64_t step;
+
+  // `bytes` from `start` on, in about `steps` steps.
+  Ahead(const void* start, int64_t bytes, int64_t steps)
+      : at(static_cast<const char*>(start)), step(bytes / std::max<int64_t>(1, steps) + 1) {}
+  INLINE void Step() {
+    __builtin_prefetch(at, 0, 2);
+    at += step;
+  }
+};
+
+template <typename T>
+struct Weights {
+  const T* panel;
+  int64_t stride;
+};
+
+// sums[r] = sum over taps and channels of window[rows[r]][tap][c] * panel[tap][c], for R rows.
+template <typename Isa, int R, typename T>
+INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const Weights<T>& weights,
+                     Ahead& ahead, typename Isa::template Panel<T> (&sums)[R]) {
+  using Panel = typename Isa::template Panel<T>;
+  const T* panel = weights.panel;
+  Ahead stepping = ahead;
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) sums[r] = Panel::Zero();
+  for (int64_t tap = 0; tap < windows.taps; ++tap) {
+    const T* row[R];
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) row[r] = windows.Row(tap, rows[r]);
+    for (int64_t c = 0; c < windows.channels; ++c) {
+      const Panel values = Panel::Load(panel);
+      panel += weights.stride;
+      stepping.Step();
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) sums[r].AddProduct(row[r][c], values);
+    }
+  }
+  ahead = stepping;
+}
+
+// Calls body(R, rows, count) over `count` rows at most R at a time, R a compile-time number, in
+// blocks of about equal size. `rows` always has R entries, the last repeated where the block has
+// fewer; a row's arithmetic is the same whatever block it is in.
+template <typename Isa, typename Body>
+INLINE void Blocks(const int32_t* rows, int64_t count, const Body& body) {
+  constexpr int kRows = Isa::kRows;
+  constexpr int kHalf = (kRows + 1) / 2;
+  for (int64_t left = (count + kRows - 1) / kRows; count > 0; --left) {
+    const int64_t size = (count + left - 1) / left;
+    int32_t padded[kRows];
+    for (int r = 0; r < kRows; ++r) padded[r] = rows[std::min<int64_t>(r, size - 1)];
+    if (size > kHalf) {
+      body(std::integral_constant<int, kRows>{}, padded, size);
+    } else {
+      body(std::integral_constant<int, kHalf>{}, padded, size);
+    }
+    rows += size;
+    count -= size;
+  }
+}
+
+// Calls body(first, width) for the panels that `columns` columns take.
+template <typename T, typename Body>
+INLINE void Panels(int64_t columns, const Body& body) {
+  for (int64_t first = 0; first < columns; first += kPanelWidth<T>)
+    body(first, std::min(kPanelWidth<T>, columns - first));
+}
+
+// ---------------------------------------------------------------------------------------------
+// One call's arrays, as every task reads them.
+
+template <typename T>
+struct Arrays {
+  const Shape& shape;
+  const T* x;
+  const T* filters;
+  const int32_t* offsets;  // null where every window is its own position
+  const std::vector<Regions>& regions;
+  const T* zeros;
+
+  INLINE Windows<T> WindowsOf(int64_t sample, int64_t group) const {
+    return {x + sample * shape.in_positions * shape.in + group * shape.in_per_group,
+            shape.in,
+            shape.in_per_group,
+            shape.taps,
+            offsets,
+            shape.positions,
+            zeros};
+  }
+  INLINE const T* Filter(int64_t sample, int64_t region) const {
+    return filters + (sample * shape.regions + region) * shape.filter_size();
+  }
+  // The filter behind this one, fetched while `rows` rows meet this one.
+  template <typename Isa>
+  INLINE Ahead FilterAfter(const T* filter, int64_t rows) const {
+    const int64_t blocks = (rows + Isa::kRows - 1) / Isa::kRows;
+    return Ahead(filter + shape.filter_size(), shape.filter_size() * sizeof(T),
+                 blocks * shape.filter_size() / kPanelWidth<T>);
+  }
+};
+
+// One panel of a filter seen as a matrix (taps x in_per_group, features). Where only a few rows will
+// use it and it is whole, it is read in place.
+template <typename T>
+INLINE Weights<T> FilterPanel(const Shape& shape, const T* filter, int64_t column, int64_t width,
+                              int64_t rows_to_come, T* buffer) {
+  if (width == kPanelWidth<T> && rows_to_come <= 12) return {filter + column, shape.features};
+  Pack(filter + column, shape.taps * shape.in_per_group, shape.features, width, buffer);
+  return {buffer, kPanelWidth<T>};
+}
+
+// A sample's rows in `parts` about equal parts, so that a small batch feeds many threads.
+struct Slice {
+  int64_t sample, begin, end;
+  Slice(int64_t number, int64_t parts, int64_t positions)
+      : sample(number / parts),
+        begin(number % parts * positions / parts),
+        end((number % parts + 1) * positions / parts) {}
+};
+
+// y, for one slice of one sample's rows.
+template <typename T>
+struct ForwardTask {
+  using Value = T;
+  const Arrays<T>& arrays;
+  int64_t parts;
+  T* y;
+
+  template <typename Isa>
+  INLINE void Run(int64_t number) const {
+    const Shape& shape = arrays.shape;
+    const Slice slice(number, parts, shape.positions);
+    const Regions& regions = arrays.regions[slice.sample];
+    const int32_t* const order = regions.order.data();
+    std::unique_ptr<T[]> buffer(new T[shape.taps * shape.in_per_group * kPanelWidth<T>]);
+    T* const y = this->y + slice.sample * shape.positions * shape.features;
+    for (int64_t j = 0; j < shape.regions; ++j) {
+      const int64_t begin = std::max<int64_t>(slice.begin, regions.first[j]);
+      const int64_t end = std::min<int64_t>(slice.end, regions.first[j + 1]);
+      if (begin >= end) continue;
+      const T* const filter = arrays.Filter(slice.sample, j);
+      Ahead ahead = arrays.template FilterAfter<Isa>(filter, end - begin);
+      for (int64_t g = 0; g < shape.groups; ++g) {
+        const Windows<T> windows = arrays.WindowsOf(slice.sample, g);
+        Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+          const int64_t column = g * shape.features_per_group + first;
+          const Weights<T> weights =
+              FilterPanel(shape, filter, column, width, end - begin, buffer.get());
+          Blocks<Isa>(order + begin, end - begin, [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
+            constexpr int R = decltype(size)::value;
+            typename Isa::template Panel<T> sums[R];
+            Multiply<Isa, R, T>(windows, rows, weights, ahead, sums);
+            for (int64_t r = 0; r < count; ++r)
+              Store<Isa, T>(sums[r], width, y + rows[r] * shape.features + column);
+          });
+        });
+      }
+    }
+  }
+};
+
+// scores[p, j] = <dy[p], (W_j * x)[p]>, for one slice of one sample's rows.
+template <typename T>
+struct ScoresTask {
+  using Value = T;
+  const Arrays<T>& arrays;
+  int64_t parts;
+  const T* y;
+  const T* dy;
+  T* scores;
+
+  template <typename Isa>
+  INLINE void Run(int64_t number) const {
+    using Panel = typename Isa::template Panel<T>;
+    const Shape& shape = arrays.shape;
+    const Slice slice(number, parts, shape.positions);
+    const Regions& regions = arrays.regions[slice.sample];
+    const int32_t* const order = regions.order.data();
+    const int64_t at = slice.sample * shape.positions;
+    const T* const y = this->y + at * shape.features;
+    const T* const dy = this->dy + at * shape.features;
+    T* const scores = this->scores + at * shape.regions;
+    std::unique_ptr<T[]> buffer(new T[shape.taps * shape.in_per_group * kPanelWidth<T>]);
+    for (int64_t j = 0; j < shape.regions; ++j) {
+      const int64_t own_begin = std::clamp<int64_t>(regions.first[j], slice.begin, slice.end);
+      const int64_t own_end = std::clamp<int64_t>(regions.first[j + 1], slice.begin, slice.end);
+      for (int64_t i = slice.begin; i < slice.end; ++i) {
+        const int64_t p = regions.order[i];
+        T sum = 0;
+        if (i >= own_begin && i < own_end) {
+          for (int64_t f = 0; f < shape.features; ++f)
+            sum += dy[p * shape.features + f] * y[p * shape.features + f];
+        }
+        scores[p * shape.regions + j] = sum;
+      }
+      const int64_t others = slice.end - slice.begin - (own_end - own_begin);
+      if (others == 0) continue;
+      const T* const filter = arrays.Filter(slice.sample, j);
+      Ahead ahead = arrays.template FilterAfter<Isa>(filter, others);
+      for (int64_t g = 0; g < shape.groups; ++g) {
+        const Windows<T> windows = arrays.WindowsOf(slice.sample, g);
+        Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+          const int64_t column = g * shape.features_per_group + first;
+          const Weights<T> weights =
+              FilterPanel(shape, filter, column, width, others, buffer.get());
+          const auto fold = [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
+            constexpr int R = decltype(size)::value;
+            Panel sums[R];
+            Multiply<Isa, R, T>(windows, rows, weights, ahead, sums);
+            for (int64_t r = 0; r < count; ++r) {
+              const T* cotangent = dy + rows[r] * shape.features + column;
+              T padded[kPanelWidth<T>];
+              if (width < kPanelWidth<T>) {
+                Pack<T>(cotangent, 1, 0, width, padded);
+                cotangent = padded;
+              }
+              scores[rows[r] * shape.regions + j] += sums[r].Dot(Panel::Load(cotangent));
+            }
+          };
+          Blocks<Isa>(order + slice.begin, own_begin - slice.begin, fold);
+          Blocks<Isa>(order + own_end, slice.end - own_end, fold);
+        });
+      }
+    }
+  }
+};
+
+// dx, for one panel of the channels of one sample. Different panels touch different values, and
+// within one tap no input position is met twice.
+template <typename T>
+struct InputGradientTask {
+  using Value = T;
+  const Arrays<T>& arrays;
+  int64_t panels_per_group;
+  const T* dy;
+  T* dx;
+
+  template <typename Isa>
+  INLINE void Run(int64_t number) const {
+    const Shape& shape = arrays.shape;
+    const int64_t panels = panels_per_group * shape.groups;
+    const int64_t sample = number / panels, g = number % panels / panels_per_group;
+    const int64_t first = number % panels_per_group * kPanelWidth<T>;
+    const int64_t width = std::min(kPanelWidth<T>, shape.in_per_group - first);
+    const Regions& regions = arrays.regions[sample];
+    const Windows<T> cotangents = {
+        dy + sample * shape.positions * shape.features + g * shape.features_per_group,
+        shape.features, shape.features_per_group, 1, nullptr, shape.positions, nullptr};
+    T* const dx = this->dx + sample * shape.in_positions * shape.in + g * shape.in_per_group + first;
+    if (arrays.offsets) {
+      for (int64_t q = 0; q < shape.in_positions; ++q)
+        for (int64_t i = 0; i < width; ++i) dx[q * shape.in + i] = 0;
+    }
+    std::unique_ptr<T[]> panel(new T[shape.features_per_group * kPanelWidth<T>]);
+    Ahead ahead(nullptr, 0, 1);
+    for (int64_t j = 0; j < shape.regions; ++j) {
+      if (regions.first[j] == regions.first[j + 1]) continue;
+      for (int64_t tap = 0; tap < shape.taps; ++tap) {
+        const T* filter = arrays.Filter(sample, j) +
+                          (tap * shape.in_per_group + first) * shape.features +
+                          g * shape.features_per_group;
+        PackTransposed(filter, shape.features_per_group, shape.features, width, panel.get());
+        const Weights<T> weights = {panel.get(), kPanelWidth<T>};
+        Blocks<Isa>(regions.order.data() + regions.first[j], regions.first[j + 1] - regions.first[j],
+                    [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
+          constexpr int R = decltype(size)::value;
+          typename Isa::template Panel<T> sums[R];
+          Multiply<Isa, R, T>(cotangents, rows, weights, ahead, sums);
+          for (int64_t r = 0; r < count; ++r) {
+            if (!arrays.offsets) {
+              Store<Isa, T>(sums[r], width, dx + rows[r] * shape.in);
+              continue;
+            }
+            const int64_t q = arrays.offsets[tap * shape.positions + rows[r]];
+            if (q < 0) continue;
+            T values[kPanelWidth<T>];
+            sums[r].Spill(values);
+            for (int64_t i = 0; i < width; ++i) dx[q * shape.in + i] += values[i];
+          }
+        });
+      }
+    }
+  }
+};
+
+// dW, for one region of one sample.
+template <typename T>
+struct FilterGradientTask {
+  using Value = T;
+  const Arrays<T>& arrays;
+  const T* dy;
+  T* dfilters;
+
+  template <typename Isa>
+  INLINE void Run(int64_t number) const {
+    using Panel = typename Isa::template Panel<T>;
+    const Shape& shape = arrays.shape;
+    const int64_t sample = number / shape.regions, j = number % shape.regions;
+    const Regions& regions = arrays.regions[sample];
+    const int64_t count = regions.first[j + 1] - regions.first[j];
+    const int32_t* rows = regions.order.data() + regions.first[j];
+    T* const gradient = dfilters + number * shape.filter_size();
+    if (count == 0) {
+      std::fill(gradient, gradient + shape.filter_size(), T(0));
+      return;
+    }
+    const T* const dy = this->dy + sample * shape.positions * shape.features;
+    const int64_t panel_count = (shape.features_per_group + kPanelWidth<T> - 1) / kPanelWidth<T>;
+    std::unique_ptr<T[]> panels(new T[panel_count * count * kPanelWidth<T>]);
+    std::unique_ptr<T[]> values(new T[count * Isa::kRows]);
+    std::vector<int32_t> channels(shape.in_per_group);
+    std::iota(channels.begin(), channels.end(), 0);
+    for (int64_t g = 0; g < shape.groups; ++g) {
+      const Windows<T> windows = arrays.WindowsOf(sample, g);
+      Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+        T* panel = panels.get() + first * count;
+        for (int64_t i = 0; i < count; ++i, panel += kPanelWidth<T>)
+          Pack<T>(dy + rows[i] * shape.features + g * shape.features_per_group + first, 1, 0,
+                     width, panel);
+      });
+      for (int64_t tap = 0; tap < shape.taps; ++tap) {
+        Blocks<Isa>(channels.data(), shape.in_per_group,
+                    [&](auto size, const int32_t* channel, int64_t channel_count) INLINE_LAMBDA {
+          constexpr int R = decltype(size)::value;
+          for (int64_t i = 0; i < count; ++i) {
+            const T* row = windows.Row(tap, rows[i]);
+            for (int r = 0; r < R; ++r) values[i * R + r] = row[channel[r]];
+          }
+          Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+            const T* panel = panels.get() + first * count;
+            Panel sums[R];
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r) sums[r] = Panel::Zero();
+            for (int64_t i = 0; i < count; ++i, panel += kPanelWidth<T>) {
+              const Panel weights = Panel::Load(panel);
+#pragma GCC unroll 12
+              for (int r = 0; r < R; ++r) sums[r].AddProduct(values[i * R + r], weights);
+            }
+            for (int64_t r = 0; r < channel_count; ++r)
+              Store<Isa, T>(sums[r], width,
+                            gradient + (tap * shape.in_per_group + channel[r]) * shape.features +
+                                g * shape.features_per_group + first);
+          });
+        });
+      }
+    }
+  }
+};
+
+// The small jobs, for one sample: sorting, and copies between storage and computing types.
+struct SortTask {
+  using Value = int32_t;
+  const Shape& shape;
+  const int32_t* index;
+  std::vector<Regions>& regions;
+
+  template <typename Isa>
+  INLINE void Run(int64_t sample) const {
+    regions[sample].Sort(index + sample * shape.positions, shape.positions, shape.regions);
+  }
+};
+
+template <typename From, typename To>
+struct ConvertTask {
+  using Value = To;
+  int64_t size;
+  const From* from;
+  To* to;
+
+  template <typename Isa>
+  INLINE void Run(int64_t sample) const {
+    for (int64_t i = sample * size; i < (sample + 1) * size; ++i) Narrow(Widen(from[i]), to + i);
+  }
+};
+
+// An argument in its computing type: itself, or a copy.
+template <typename S, typename T>
+class Widened {
+ public:
+  Widened(Workers& workers, const void* source, int64_t batch, int64_t size) {
+    if constexpr (std::is_same_v<S, T>) {
+      data_ = static_cast<const T*>(source);
+    } else {
+      copy_.reset(new T[batch * size]);
+      workers.For(batch, ConvertTask<S, T>{size, static_cast<const S*>(source), copy_.get()});
+      data_ = copy_.get();
+    }
+  }
+  const T* data() const { return data_; }
+
+ private:
+  std::unique_ptr<T[]> copy_;
+  const T* data_;
+};
+
+// A result in its computing type: itself, or a copy that Finish rounds into it.
+template <typename S, typename T>
+class Narrowed {
+ public:
+  Narrowed(void* target, int64_t batch, int64_t size)
+      : target_(static_cast<S*>(target)), batch_(batch), size_(size) {
+    if constexpr (!std::is_same_v<S, T>) copy_.reset(new T[batch * size]);
+  }
+  T* data() const {
+    if constexpr (std::is_same_v<S, T>) {
+      return target_;
+    } else {
+      return copy_.get();
+    }
+  }
+  void Finish(Workers& workers) const {
+    if constexpr (!std::is_same_v<S, T>)
+      workers.For(batch_, ConvertTask<T, S>{size_, copy_.get(), target_});
+  }
+
+ private:
+  S* target_;
+  int64_t batch_, size_;
+  std::unique_ptr<T[]> copy_;
+};
+
+// ---------------------------------------------------------------------------------------------
+// The handlers.
+
+using Numbers = ffi::Span<const int64_t>;
+
+ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::AnyBuffer index,
+                              Numbers strides, Numbers low, Numbers dilation, int64_t groups) {
+  const auto xs = x.dimensions(), ws = filters.dimensions(), is = index.dimensions();
+  if (xs.size() != 5 || ws.size() != 7 || is.size() != 4 || strides.size() != 3 ||
+      low.size() != 3 || dilation.size() != 3 || index.element_type() != ffi::DataType::S32)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("region_conv: malformed call"));
+  Shape s;
+  s.batch = xs[0];
+  s.in = xs[4];
+  s.regions = ws[1];
+  s.features = ws[6];
+  s.groups = groups;
+  s.in_per_group = ws[5];
+  s.features_per_group = s.features / groups;
+  s.positions = s.in_positions = s.taps = 1;
+  for (int d = 0; d < 3; ++d) {
+    s.spatial[d] = xs[1 + d];
+    s.kernel[d] = ws[2 + d];
+    s.out[d] = is[1 + d];
+    s.strides[d] = strides[d];
+    s.low[d] = low[d];
+    s.dilation[d] = dilation[d];
+    s.positions *= s.out[d];
+    s.in_positions *= s.spatial[d];
+    s.taps *= s.kernel[d];
+  }
+  return s;
+}
+
+bool Pointwise(const Shape& s) {
+  for (int d = 0; d < 3; ++d)
+    if (s.kernel[d] != 1 || s.strides[d] != 1 || s.low[d] != 0 || s.out[d] != s.spatial[d])
+      return false;
+  return true;
+}
+
+// What both directions prepare: the windows' offsets, and every sample's regions.
+template <typename S, typename T>
+struct Prepared {
+  Widened<S, T> x, filters;
+  std::vector<int32_t> offsets;
+  std::vector<Regions> regions;
+  std::vector<T> zeros;
+  Arrays<T> arrays;
+  int64_t parts;  // slices of a sample: enough for every thread, none of a few rows only
+
+  Prepared(const Shape& shape, Workers& workers, const void* x_values, const void* filter_values,
+           const int32_t* index)
+      : x(workers, x_values, shape.batch, shape.in_positions * shape.in),
+        filters(workers, filter_values, shape.batch, shape.regions * shape.filter_size()),
+        offsets(Pointwise(shape) ? std::vector<int32_t>() : WindowOffsets(shape)),
+        regions(shape.batch),
+        zeros(shape.in_per_group),
+        arrays{shape,   x.data(),    filters.data(), Pointwise(shape) ? nullptr : offsets.data(),
+               regions, zeros.data()},
+        parts(1) {
+    workers.For(shape.batch, SortTask{shape, index, regions});
+    const int64_t wanted = 4 * workers.threads();
+    if (shape.batch > 0 && shape.batch < wanted)
+      parts = std::clamp<int64_t>(wanted / shape.batch, 1, std::max<int64_t>(1, shape.positions / 64));
+  }
+};
+
+template <typename S, typename T>
+void Forward(const Shape& shape, Workers& workers, const void* x, const void* filters,
+             const int32_t* index, void* y) {
+  const Prepared<S, T> call(shape, workers, x, filters, index);
+  Narrowed<S, T> output(y, shape.batch, shape.positions * shape.features);
+  workers.For(shape.batch * call.parts, ForwardTask<T>{call.arrays, call.parts, output.data()});
+  output.Finish(workers);
+}
+
+template <typename S, typename T>
+void Backward(const Shape& shape, Workers& workers, const void* x, const void* filters,
+              const int32_t* index, const void* y, const void* dy, void* dx, void* dfilters,
+              void* scores) {
+  const Prepared<S, T> call(shape, workers, x, filters, index);
+  const int64_t out_size = shape.positions * shape.features;
+  const Widened<S, T> output(workers, y, shape.batch, out_size);
+  const Widened<S, T> cotangent(workers, dy, shape.batch, out_size);
+  workers.For(shape.batch * call.parts, ScoresTask<T>{call.arrays, call.parts, output.data(),
+                                                      cotangent.data(), static_cast<T*>(scores)});
+
+  Narrowed<S, T> filter_gradient(dfilters, shape.batch, shape.regions * shape.filter_size());
+  workers.For(shape.batch * shape.regions,
+              FilterGradientTask<T>{call.arrays, cotangent.data(), filter_gradient.data()});
+  filter_gradient.Finish(workers);
+
+  Narrowed<S, T> input_gradient(dx, shape.batch, shape.in_positions * shape.in);
+  const int64_t panels = (shape.in_per_group + kPanelWidth<T> - 1) / kPanelWidth<T>;
+  workers.For(
+      shape.batch * shape.groups * panels,
+      InputGradientTask<T>{call.arrays, panels, cotangent.data(), input_gradient.data()});
+  input_gradient.Finish(workers);
+}
+
+template <typename Body>
+ffi::Error ByType(ffi::DataType type, const Body& body) {
+  switch (type) {
+    case ffi::DataType::F32:
+      body(float(), float());
+      return ffi::Error::Success();
+    case ffi::DataType::F64:
+      body(double(), double());
+      return ffi::Error::Success();
+    case ffi::DataType::BF16:
+      body(BFloat16(), float());
+      return ffi::Error::Success();
+    default:
+      return ffi::Error::InvalidArgument("region_conv: values must be float32, float64 or bfloat16");
+  }
+}
+
+ffi::Error ForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer filters,
+                          ffi::AnyBuffer index, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
+                          Numbers low, Numbers dilation, int64_t groups) {
+  auto shape = ReadShape(x, filters, index, strides, low, dilation, groups);
+  if (!shape.has_value()) return shape.error();
+  Workers workers(pool);
+  return ByType(x.element_type(), [&](auto s, auto t) {
+    Forward<decltype(s), decltype(t)>(*shape, workers, x.untyped_data(), filters.untyped_data(),
+                                      static_cast<const int32_t*>(index.untyped_data()),
+                                      y->untyped_data());
+  });
+}
+
+ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer filters,
+                           ffi::AnyBuffer index, ffi::AnyBuffer y, ffi::AnyBuffer dy,
+                           ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dfilters,
+                           ffi::Result<ffi::AnyBuffer> scores, Numbers strides, Numbers low,
+                           Numbers dilation, int64_t groups) {
+  auto shape = ReadShape(x, filters, index, strides, low, dilation, groups);
+  if (!shape.has_value()) return shape.error();
+  Workers workers(pool);
+  return ByType(x.element_type(), [&](auto s, auto t) {
+    Backward<decltype(s), decltype(t)>(*shape, workers, x.untyped_data(), filters.untyped_data(),
+                                       static_cast<const int32_t*>(index.untyped_data()),
+                                       y.untyped_data(), dy.untyped_data(), dx->untyped_data(),
+                                       dfilters->untyped_data(), scores->untyped_data());
+  });
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_region_conv_forward, ForwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<Numbers>("strides")
+                                  .Attr<Numbers>("low")
+                                  .Attr<Numbers>("dilation")
+                                  .Attr<int64_t>("groups"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_region_conv_backward, BackwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<Numbers>("strides")
+                                  .Attr<Numbers>("low")
+                                  .Attr<Numbers>("dilation")
+                                  .Attr<int64_t>("groups"));

@@ -1,0 +1,78 @@
+"""The native CPU kernel: cpu.cc behind `jax.ffi`."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.machinery
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from drconv_jax.region_conv.fused import Statics
+
+_FORWARD = "drconv_region_conv_forward"
+_BACKWARD = "drconv_region_conv_backward"
+_DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether the package was built with its kernel; the first call loads it."""
+    here = pathlib.Path(__file__).parent
+    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
+        if (path := here / f"_cpu{suffix}").exists():
+            library = ctypes.CDLL(str(path))
+            for name in (_FORWARD, _BACKWARD):
+                jax.ffi.register_ffi_target(
+                    name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
+                )
+                jax.ffi.register_ffi_target_as_batch_partitionable(name)
+            return True
+    return False
+
+
+def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+    """See `fused.Kernel.forward`."""
+    arguments, attributes = _prepare(statics, x, filters, index)
+    y = jax.ShapeDtypeStruct((*arguments[2].shape, filters.shape[-1]), x.dtype)
+    y = jax.ffi.ffi_call(_FORWARD, y)(*arguments, **attributes)
+    return y.reshape(*index.shape, y.shape[-1])
+
+
+def backward(
+    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+) -> tuple[Array, Array, Array]:
+    """See `fused.Kernel.backward`."""
+    arguments, attributes = _prepare(statics, x, filters, index)
+    scores = jax.ShapeDtypeStruct(
+        (*index.shape, filters.shape[1]), jnp.promote_types(x.dtype, jnp.float32)
+    )
+    dx, dfilters = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, filters))
+    return jax.ffi.ffi_call(_BACKWARD, (dx, dfilters, scores))(*arguments, y, dy, **attributes)
+
+
+def _prepare(
+    statics: Statics, x: Array, filters: Array, index: Array
+) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
+    """Arguments with three spatial dimensions each, and the attributes that go with them."""
+    if not available():
+        raise NotImplementedError('implementation "cpu" was not built: no C++ compiler was found.')
+    if x.dtype not in _DTYPES:
+        raise NotImplementedError(f'implementation "cpu" does not do {x.dtype}.')
+    window = statics.window
+    missing = 3 - len(window.strides)
+    attributes = {
+        "strides": np.array((1,) * missing + window.strides, np.int64),
+        "low": np.array((0,) * missing + tuple(low for low, _ in window.padding), np.int64),
+        "dilation": np.array((1,) * missing + window.dilation, np.int64),
+        "groups": np.int64(statics.groups),
+    }
+    x = jnp.expand_dims(x, range(1, 1 + missing))
+    filters = jnp.expand_dims(filters, range(2, 2 + missing))
+    index = jnp.expand_dims(index, range(1, 1 + missing))
+    return (x, filters, index), attributes
