@@ -13,11 +13,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Padding, Window, window_of
-from drconv_jax.region_conv import cpu
+from drconv_jax.region_conv import automatic, blocked, cpu
 from drconv_jax.region_conv.fused import RegionConv, fused
 from drconv_jax.region_conv.reference import reference
 
-IMPLEMENTATIONS: Mapping[str, RegionConv] = {"reference": reference, "cpu": fused(cpu)}
+IMPLEMENTATIONS: Mapping[str, RegionConv] = {
+    "reference": reference,
+    "blocked": fused(blocked),
+    "cpu": fused(cpu),
+}
+_AUTOMATIC = fused(automatic)
 
 
 def region_conv(
@@ -46,7 +51,8 @@ def region_conv(
       strides, padding, input_dilation, kernel_dilation, feature_group_count, precision: as in
         `flax.linen.Conv`.
       implementation: a name, or names to try in turn (one that does not do what is asked passes
-        it on to the next), or None to choose by platform. One of: "reference".
+        it on to the next), or None to choose by platform. "reference" is the definition; "blocked"
+        is pure XLA and runs everywhere; "cpu" is a native kernel for CPUs, None's choice there.
 
     Returns:
       The output in the dtype of x.
@@ -104,7 +110,7 @@ def region_conv(
 
 def _choose(implementation: str | Sequence[str] | None) -> RegionConv:
     if implementation is None:
-        return reference
+        return _AUTOMATIC
     names = [implementation] if isinstance(implementation, str) else list(implementation)
     unknown = [name for name in names if name not in IMPLEMENTATIONS]
     if unknown or not names:

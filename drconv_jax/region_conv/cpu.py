@@ -36,6 +36,11 @@ def available() -> bool:
     return False
 
 
+def does(dtype: jnp.dtype) -> bool:
+    """Whether the kernel is there and computes in `dtype`."""
+    return available() and dtype in _DTYPES
+
+
 def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
     """See `fused.Kernel.forward`."""
     arguments, attributes = _prepare(statics, x, filters, index)
@@ -61,8 +66,10 @@ def _prepare(
 ) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
     """Arguments with three spatial dimensions each, and the attributes that go with them."""
     if not available():
-        raise NotImplementedError('implementation "cpu" was not built: no C++ compiler was found.')
-    if x.dtype not in _DTYPES:
+        raise NotImplementedError(
+            'implementation "cpu" is not there: the package was installed without a C++ compiler.'
+        )
+    if not does(x.dtype):
         raise NotImplementedError(f'implementation "cpu" does not do {x.dtype}.')
     window = statics.window
     missing = 3 - len(window.strides)

@@ -1,0 +1,75 @@
+"""The kernel that fits the platform, chosen when the program is lowered."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
+from jaxtyping import Array
+
+from drconv_jax.region_conv import blocked, cpu
+from drconv_jax.region_conv.fused import Statics
+
+
+def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+    """See `fused.Kernel.forward`."""
+    return _by_platform("forward", statics, x, filters, index)
+
+
+def backward(
+    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+) -> tuple[Array, Array, Array]:
+    """See `fused.Kernel.backward`."""
+    return _by_platform("backward", statics, x, filters, index, y, dy)
+
+
+def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
+    default = functools.partial(getattr(blocked, direction), statics)
+    if not cpu.does(arrays[0].dtype):
+        return default(*arrays)
+    native = functools.partial(getattr(cpu, direction), statics)
+    return jax.lax.platform_dependent(
+        *arrays, cpu=functools.partial(_unless_exported, native, default), default=default
+    )
+
+
+def _unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *args: Array) -> Any:
+    """`inside(*args)`, but `exported(*args)` in a program that `jax.export` takes elsewhere.
+
+    A native kernel is a custom call that only this package knows; an exported program must run
+    without it. Both functions return the same shapes.
+    """
+    shapes = jax.eval_shape(exported, *args)
+    results = _unless_exported_p.bind(*args, inside=inside, exported=exported)
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+
+def _lower_unless_exported(
+    ctx: mlir.LoweringRuleContext, *args: Any, inside: Any, exported: Any
+) -> Any:
+    for_export = ctx.module_context.lowering_parameters.for_export
+    function = exported if for_export else inside
+    return mlir.lower_fun(lambda *a: jax.tree.leaves(function(*a)), multiple_results=True)(
+        ctx, *args
+    )
+
+
+_unless_exported_p = Primitive("unless_exported")
+_unless_exported_p.multiple_results = True
+_unless_exported_p.def_impl(
+    lambda *args, inside, exported: jax.tree.leaves(jax.jit(inside)(*args))
+)
+_unless_exported_p.def_abstract_eval(
+    lambda *avals, inside, exported: [
+        ShapedArray(leaf.shape, leaf.dtype)
+        for leaf in jax.tree.leaves(
+            jax.eval_shape(exported, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+        )
+    ]
+)
+mlir.register_lowering(_unless_exported_p, _lower_unless_exported)

@@ -1,0 +1,113 @@
+"""Pure XLA: region by region, one product of one convolution's size at a time.
+
+Runs everywhere and keeps nothing with a factor m in memory beyond the filters themselves.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from drconv_jax.geometry import Window
+from drconv_jax.region_conv.fused import Statics
+
+
+def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+    """See `fused.Kernel.forward`."""
+    patches = _patches(x, statics)
+    matrices = _matrices(filters, statics.groups)
+    chosen = index.reshape(index.shape[0], -1)
+
+    def add_region(region: Array, y: Array) -> Array:
+        product = _multiply(patches, matrices[:, region], statics)
+        return jnp.where((chosen == region)[..., None, None], product, y)
+
+    features_per_group = matrices.shape[-1]
+    y = jnp.zeros((*chosen.shape, statics.groups, features_per_group), _wide(x))
+    y = jax.lax.fori_loop(0, filters.shape[1], add_region, y)
+    return y.astype(x.dtype).reshape(*index.shape, filters.shape[-1])
+
+
+def backward(
+    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+) -> tuple[Array, Array, Array]:
+    """See `fused.Kernel.backward`."""
+    patches, to_input = jax.vjp(lambda x: _patches(x, statics), x)
+    matrices, to_filters = jax.vjp(lambda w: _matrices(w, statics.groups), filters)
+    chosen = index.reshape(index.shape[0], -1)
+    dy = dy.reshape(*chosen.shape, statics.groups, -1)
+
+    def region_gradients(dpatches: Array, region: Array) -> tuple[Array, tuple[Array, Array]]:
+        matrix = matrices[:, region]
+        own = jnp.where((chosen == region)[..., None, None], dy, jnp.zeros((), dy.dtype))
+        product = _multiply(patches, matrix, statics)
+        score = (product * dy.astype(product.dtype)).sum(axis=(-1, -2))
+        dmatrix = _einsum("bpgk,bpgf->bgkf", patches, own, statics).astype(filters.dtype)
+        dpatches = dpatches + _einsum("bpgf,bgkf->bpgk", own, matrix, statics)
+        return dpatches, (dmatrix, score)
+
+    dpatches, (dmatrices, scores) = jax.lax.scan(
+        region_gradients, jnp.zeros(patches.shape, _wide(x)), jnp.arange(filters.shape[1])
+    )
+    (dx,) = to_input(dpatches.astype(x.dtype))
+    (dfilters,) = to_filters(jnp.moveaxis(dmatrices, 0, 1))
+    return dx, dfilters, jnp.moveaxis(scores, 0, -1).reshape(*index.shape, filters.shape[1])
+
+
+def _patches(x: Array, statics: Statics) -> Float[Array, "batch positions groups taps_in"]:
+    """Every output position's window, group by group; for a pointwise window x itself."""
+    window, groups = statics.window, statics.groups
+    batch, *spatial, channels = x.shape
+    if window.is_pointwise:
+        return x.reshape(batch, -1, groups, channels // groups)
+    out = window.output_shape(spatial)
+    x = jax.lax.pad(
+        x,
+        jnp.zeros((), x.dtype),
+        [(0, 0, 0), *((low, high, 0) for low, high in window.padding), (0, 0, 0)],
+    )
+    taps = []
+    for tap in range(math.prod(window.kernel_size)):
+        start, rest = [], tap
+        for size, dilation in zip(window.kernel_size[::-1], window.dilation[::-1], strict=True):
+            rest, offset = divmod(rest, size)
+            start.insert(0, offset * dilation)
+        stop = [s + (n - 1) * stride + 1 for s, n, stride in zip(start, out, window.strides)]
+        taps.append(
+            jax.lax.slice(x, (0, *start, 0), (batch, *stop, channels), (1, *window.strides, 1))
+        )
+    stacked = jnp.stack(taps, axis=-2).reshape(batch, math.prod(out), len(taps), groups, -1)
+    return jnp.moveaxis(stacked, -2, -3).reshape(batch, math.prod(out), groups, -1)
+
+
+def _matrices(filters: Array, groups: int) -> Float[Array, "batch regions groups taps_in features"]:
+    batch, regions, *_, in_per_group, features = filters.shape
+    split = filters.reshape(batch, regions, -1, in_per_group, groups, features // groups)
+    return jnp.moveaxis(split, -2, 2).reshape(batch, regions, groups, -1, features // groups)
+
+
+def _multiply(patches: Array, matrix: Array, statics: Statics) -> Array:
+    return _einsum("bpgk,bgkf->bpgf", patches, matrix, statics)
+
+
+def _einsum(equation: str, a: Array, b: Array, statics: Statics) -> Array:
+    wide = _wide(a)
+
+    def product(a: Array, b: Array) -> Array:
+        return jnp.einsum(
+            equation, a, b, precision=statics.precision, preferred_element_type=wide
+        )
+
+    if a.dtype == wide:
+        return product(a, b)
+    # XLA's CPU backend has no batched product of bfloat16 values with a float32 result.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: product(a.astype(wide), b.astype(wide)), default=product
+    )
+
+
+def _wide(values: Array) -> jnp.dtype:
+    return jnp.promote_types(values.dtype, jnp.float32)
