@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from drconv_jax.geometry import Window
 from drconv_jax.guide import region_index, softmax_vjp
 
 
+@runtime_checkable
 class RegionConv(Protocol):
     """A differentiable region convolution over arguments that `region_conv` has checked."""
 
@@ -39,6 +40,7 @@ class Statics:
     precision: Any
 
 
+@runtime_checkable
 class Kernel(Protocol):
     """A region convolution given the regions, and its gradients.
 

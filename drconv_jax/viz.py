@@ -1,0 +1,69 @@
+"""Guide masks as pictures. Needs matplotlib (the "experiments" extra)."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from jaxtyping import Float, Int
+
+
+def region_indices(intermediates: Mapping[str, Any]) -> dict[str, Int[np.ndarray, "batch *out"]]:
+    """The region indices that a network's DRConv layers have sown, by layer, in order of the call.
+
+    Args:
+      intermediates: the collection "intermediates" of `apply(..., mutable="intermediates")`.
+
+    Returns:
+      Layer names, joined by "/", to indices.
+    """
+    return {
+        "/".join(path[:-1]): np.asarray(values[-1])
+        for path, values in flatten_dict(dict(intermediates)).items()
+        if path[-1] == "region_index"
+    }
+
+
+def save_guide_masks(
+    path: pathlib.Path,
+    images: Float[np.ndarray, "batch height width channels"],
+    indices: Mapping[str, Int[np.ndarray, "batch out_height out_width"]],
+    regions: int,
+    titles: Sequence[str],
+) -> None:
+    """Draws every image beside its guide mask in each layer, one colour a region.
+
+    Args:
+      path: the PNG to write.
+      images: values from 0 to 1, with 1 or 3 channels.
+      indices: as `region_indices` returns them, for the same images.
+      regions: m, for the colours.
+      titles: a word for each image.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    colours = matplotlib.colormaps["turbo"].resampled(max(regions, 2))
+    columns = 1 + len(indices)
+    figure = Figure(figsize=(1.25 * columns, 1.25 * len(images) + 0.6), layout="constrained")
+    axes = figure.subplots(len(images), columns, squeeze=False)
+    for row, image in enumerate(images):
+        axes[row, 0].imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
+        axes[row, 0].set_ylabel(titles[row], fontsize=8)
+        for column, (layer, index) in enumerate(indices.items(), start=1):
+            axes[row, column].imshow(
+                index[row], cmap=colours, vmin=-0.5, vmax=regions - 0.5, interpolation="nearest"
+            )
+            if row == 0:
+                height, width = index.shape[1:]
+                label = layer.replace("_", " ").replace("/", "\n")
+                axes[0, column].set_title(f"{label}\n{height}×{width}", fontsize=7)
+    axes[0, 0].set_title("input", fontsize=7)
+    for axis in axes.flat:
+        axis.set_xticks([])
+        axis.set_yticks([])
+    figure.suptitle(f"Guide masks: each colour is one of {regions} regions", fontsize=9)
+    figure.savefig(path, dpi=110)

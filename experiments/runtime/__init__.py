@@ -1,0 +1,1 @@
+"""What every experiment shares: data, the training loop, checkpoints, errors."""

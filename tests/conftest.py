@@ -1,0 +1,22 @@
+"""Eight simulated devices, strict dtypes and ranks, shapes checked at every call."""
+
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+_hook = jaxtyping.install_import_hook(["drconv_jax"], "beartype.beartype")
+_hook.__enter__()
+
+
+@pytest.fixture
+def no_shape_checks():
+    """Lets bad arguments reach the code whose own message is tested."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -1,0 +1,96 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from drconv_jax import DRConv
+from drconv_jax.filters import GENERATORS
+from drconv_jax.geometry import adaptive_average_pool, resize_nearest
+
+
+def test_adaptive_pooling_has_overlapping_bins():
+    x = jnp.arange(7.0).reshape(1, 7, 1)
+    # 3 bins over 7 positions: [0, 3), [2, 5), [4, 7)
+    np.testing.assert_allclose(adaptive_average_pool(x, (3,))[0, :, 0], [1.0, 3.0, 5.0], rtol=1e-6)
+    # 3 bins over 2 positions: [0, 1), [0, 2), [1, 2)
+    np.testing.assert_allclose(
+        adaptive_average_pool(x[:, :2], (3,))[0, :, 0], [0.0, 0.5, 1.0], rtol=1e-6
+    )
+
+
+def test_nearest_resize_reads_the_floor():
+    values = jnp.arange(5.0).reshape(1, 5, 1)
+    assert resize_nearest(values, (3,))[0, :, 0].tolist() == [0.0, 1.0, 3.0]
+    assert resize_nearest(values, (7,))[0, :, 0].tolist() == [0, 0, 1, 2, 2, 3, 4]
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("regions", [1, 2, 8, 16])
+@pytest.mark.parametrize("channels", [16, 64, 256])
+def test_new_layer_has_the_variance_of_a_new_convolution(generator, kernel, regions, channels):
+    size = (kernel, kernel)
+    layer = DRConv(64, size, regions=regions, filter_generator=generator, implementation="blocked")
+    x = jax.random.normal(jax.random.key(0), (2, 12, 12, channels))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def output(module, key):
+        return module.apply(module.init(key, x), x)
+
+    keys = [jax.random.key(seed) for seed in range(2)]
+    ours = np.mean([output(layer, key).var() for key in keys])
+    plain = np.mean([output(nn.Conv(64, size), key).var() for key in keys])
+    assert abs(ours / plain - 1) < 0.25
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_regions_start_alike_and_samples_apart(generator):
+    generate = GENERATORS[generator]
+    x = jax.random.normal(jax.random.key(1), (2, 6, 6, 4)) + 1
+    params = generate.init(jax.random.key(0), 4, 6, (3, 3), 5)
+    filters = generate.apply(params, x, (3, 3))
+    assert filters.shape == (2, 5, 3, 3, 4, 6)
+    for region in range(1, 5):
+        np.testing.assert_allclose(filters[:, region], filters[:, 0], rtol=1e-6, atol=1e-7)
+    assert np.abs(filters[0] - filters[1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_generator_against_loops(generator):
+    m, channels, features, experts = 3, 4, 5, 2
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 3, 3, channels)).astype(np.float32)
+    generate = GENERATORS[generator]
+    extra = {"experts": experts} if generator == "experts" else {}
+    params = generate.init(jax.random.key(0), channels, features, (3, 3), m, **extra)
+    params = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
+    filters = np.asarray(generate.apply(params, jnp.asarray(x), (3, 3)))
+    for b, j, u, v in np.ndindex(2, m, 3, 3):
+        if generator == "pooled":  # 3x3 pooled to 3x3 is itself
+            context, n = x[b, u, v], m
+        else:
+            context, n = x[b].mean((0, 1)), experts
+        logits = [context @ params["mixing_kernel"][:, j, i] for i in range(n)]
+        weights = 1 / (1 + np.exp(-(np.array(logits) + params["mixing_bias"][j])))
+        if generator == "pooled":
+            bank, bias = params["bank_kernel"][j], params["bank_bias"][j]
+        else:
+            weights, bank, bias = 2 * weights / n, params["bank_kernel"][:, u, v], 0
+        expected = sum(w * e for w, e in zip(weights, bank, strict=True)) + bias
+        np.testing.assert_allclose(filters[b, j, u, v], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_sigmoid_is_in_float32_for_bfloat16():
+    generate = GENERATORS["experts"]
+    params = generate.init(jax.random.key(0), 2, 1, (1, 1), 1, experts=1)
+    params["mixing_bias"] = jnp.full((1, 1), -5.0)
+    params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+    filters = generate.apply(params, jnp.zeros((1, 2, 2, 2), jnp.bfloat16), (1, 1))
+    weight = jnp.asarray(2 / (1 + np.exp(5.0)), jnp.bfloat16)
+    assert filters.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(
+        filters[0, 0, 0, 0], (weight * params["bank_kernel"][0, 0, 0]).astype(jnp.bfloat16)
+    )

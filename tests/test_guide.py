@@ -1,0 +1,67 @@
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from drconv_jax import guide_mask, region_index
+
+
+def softmax_gradient(features, cotangent):
+    """Eq. 7-8 written out for one position, in float64."""
+    exponentials = [np.exp(f) for f in features]
+    s = [e / sum(exponentials) for e in exponentials]
+    return [
+        s[j] * (cotangent[j] - sum(s_i * g_i for s_i, g_i in zip(s, cotangent, strict=True)))
+        for j in range(len(features))
+    ]
+
+
+class GuideTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_one_hot_of_the_first_maximum(self):
+        features = jnp.array([[0.0, 2.0, 2.0], [3.0, -1.0, 0.0], [0.0, 0.0, 0.0]])
+        mask = self.variant(guide_mask)(features)
+        np.testing.assert_array_equal(mask, [[0, 1, 0], [1, 0, 0], [1, 0, 0]])
+        np.testing.assert_array_equal(self.variant(region_index)(features), [1, 0, 0])
+
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_gradient_is_that_of_softmax(self):
+        with jax.enable_x64(True):
+            rng = np.random.default_rng(0)
+            features, cotangent = rng.normal(size=(2, 3, 5))
+            gradient = self.variant(lambda f, c: jax.vjp(guide_mask, f)[1](c)[0])(
+                jnp.asarray(features), jnp.asarray(cotangent)
+            )
+            expected = [softmax_gradient(*pair) for pair in zip(features, cotangent, strict=True)]
+            np.testing.assert_allclose(gradient, expected, rtol=1e-12)
+
+
+def test_nan_gives_a_region_and_shows_in_the_gradient():
+    features = jnp.array([[0.0, jnp.nan, 1.0], [0.0, 1.0, 2.0]])
+    index = region_index(features)
+    assert index.tolist() == [1, 2]
+    (gradient,) = jax.vjp(guide_mask, features)[1](jnp.ones((2, 3)))
+    assert jnp.isnan(gradient[0]).all() and jnp.isfinite(gradient[1]).all()
+
+
+def test_softmax_is_in_float32_for_bfloat16():
+    features = jnp.array([[8.0, 0.0]], jnp.bfloat16)
+    cotangent = jnp.array([[1.0, 0.0]], jnp.bfloat16)
+    (gradient,) = jax.vjp(guide_mask, features)[1](cotangent)
+    s = 1 / (1 + np.exp(-8.0))  # in bfloat16, s (1 - s) would be 0
+    np.testing.assert_allclose(float(gradient[0, 0]), s * (1 - s), rtol=2**-8)
+
+
+def test_vmap_agrees_with_the_whole():
+    features = jax.random.normal(jax.random.key(0), (3, 4, 5))
+    np.testing.assert_array_equal(jax.vmap(guide_mask)(features), guide_mask(features))
+
+
+def test_bad_features(no_shape_checks):
+    with pytest.raises(TypeError, match="floating point, got int32"):
+        guide_mask(jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(ValueError, match=r"at least one region, got \(2, 0\)"):
+        region_index(jnp.zeros((2, 0)))
+
+

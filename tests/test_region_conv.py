@@ -1,0 +1,325 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.test_util import check_grads
+
+from drconv_jax import guide_mask, region_conv
+from drconv_jax.geometry import window_of
+from drconv_jax.region_conv import IMPLEMENTATIONS, cpu
+
+FAST = [
+    name for name in IMPLEMENTATIONS if name != "reference" and (name != "cpu" or cpu.available())
+]
+
+
+def test_the_native_kernel_was_built():
+    assert cpu.available()
+
+
+def draw(seed, *, rank=2, batch=2, channels=4, features=6, regions=3, groups=1, size=7, kernel=3,
+         strides=1, padding="SAME", dilation=1, dtype=np.float32):
+    """Arguments, keywords and a cotangent of a random case."""
+    rng = np.random.default_rng(seed)
+    kernel = (kernel,) * rank if isinstance(kernel, int) else kernel
+    size = (size,) * rank if isinstance(size, int) else size
+    kw = dict(strides=strides, padding=padding, kernel_dilation=dilation,
+              feature_group_count=groups)
+    x = jnp.asarray(rng.normal(size=(batch, *size, channels)), dtype)
+    filters = rng.normal(size=(batch, regions, *kernel, channels // groups, features))
+    padded, window = window_of(x, kernel, strides=strides, padding=padding,
+                               kernel_dilation=dilation)
+    out = window.output_shape(padded.shape[1:-1])
+    guide = rng.normal(size=(batch, *out, regions))
+    cotangent = rng.normal(size=(batch, *out, features))
+    as_jax = functools.partial(jnp.asarray, dtype=dtype)
+    return (x, as_jax(filters), as_jax(guide)), kw, as_jax(cotangent)
+
+
+def outputs_and_gradients(implementation, arguments, kw, cotangent):
+    @jax.jit
+    def run(*arguments):
+        y, vjp = jax.vjp(
+            lambda *a: region_conv(*a, implementation=implementation, **kw), *arguments
+        )
+        return y, *vjp(cotangent)
+
+    return run(*arguments)
+
+
+def assert_agree(ours, expected, tolerance):
+    for name, a, b in zip(("y", "dx", "dfilters", "dguide"), ours, expected, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        scale = np.abs(b).max(initial=1e-6)
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=name)
+
+
+def test_the_definition_against_a_loop_over_positions():
+    (x, filters, guide), kw, _ = draw(
+        0, channels=4, features=6, groups=2, strides=2, dilation=2, padding=((1, 2), (0, 3))
+    )
+    y = np.asarray(region_conv(x, filters, guide, implementation="reference", **kw))
+    padded = np.pad(np.asarray(x), ((0, 0), (1, 2), (0, 3), (0, 0)))
+    index = np.asarray(guide).argmax(-1)
+    for b, i, j in np.ndindex(*index.shape):
+        window = padded[b, 2 * i : 2 * i + 5 : 2, 2 * j : 2 * j + 5 : 2]
+        filter = np.asarray(filters)[b, index[b, i, j]]
+        halves = [np.tensordot(window[..., 2 * g : 2 * g + 2], filter[..., 3 * g : 3 * g + 3], 3)
+                  for g in range(2)]
+        np.testing.assert_allclose(y[b, i, j], np.concatenate(halves), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS) + [None])
+def test_guide_gradient_by_hand(implementation):
+    """Eq. 7-8 written out with loops, in float64."""
+    with jax.enable_x64(True):
+        (x, filters, guide), kw, dy = draw(1, size=4, batch=1, kernel=1, dtype=np.float64)
+        arrays = [np.asarray(a) for a in (x, filters, guide, dy)]
+        _, dx, dfilters, dguide = outputs_and_gradients(
+            implementation, (x, filters, guide), kw, dy
+        )
+        x, filters, guide, dy = (a[0] for a in arrays)
+        expected_dx, expected_dfilters = np.zeros_like(x), np.zeros_like(filters)
+        for p in np.ndindex(4, 4):
+            g = np.array([dy[p] @ (x[p] @ filters[j, 0, 0]) for j in range(3)])
+            s = np.exp(guide[p]) / np.exp(guide[p]).sum()
+            np.testing.assert_allclose(dguide[0][p], s * (g - (s * g).sum()), rtol=1e-10)
+            j = guide[p].argmax()
+            expected_dx[p] = filters[j, 0, 0] @ dy[p]
+            expected_dfilters[j, 0, 0] += np.outer(x[p], dy[p])
+        np.testing.assert_allclose(dx[0], expected_dx, rtol=1e-10)
+        np.testing.assert_allclose(dfilters[0], expected_dfilters, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_gradients_of_input_and_filters_by_finite_differences(implementation):
+    with jax.enable_x64(True):
+        (x, filters, guide), kw, _ = draw(2, size=4, strides=2, dtype=np.float64)
+        function = lambda x, w: region_conv(x, w, guide, implementation=implementation, **kw)  # noqa: E731
+        check_grads(function, (x, filters), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+def test_the_definition_is_the_mask_composed_with_a_dense_select():
+    (x, filters, guide), kw, dy = draw(3, kernel=1)
+
+    def composed(x, filters, guide):
+        everywhere = jnp.einsum("bhwi,bmuvio->bhwmo", x, filters)
+        return (guide_mask(guide)[..., None] * everywhere).sum(-2)
+
+    y, vjp = jax.vjp(composed, x, filters, guide)
+    for implementation in [*IMPLEMENTATIONS, None]:
+        ours = outputs_and_gradients(implementation, (x, filters, guide), kw, dy)
+        assert_agree(ours, (y, *vjp(dy)), 1e-5)
+
+
+cases = st.fixed_dictionaries(
+    dict(
+        seed=st.integers(0, 2**20),
+        rank=st.integers(1, 3),
+        batch=st.integers(1, 3),
+        regions=st.sampled_from([1, 2, 3, 8, 33]),
+        groups=st.sampled_from([1, 1, 2, 3]),
+        kernel=st.integers(1, 3),
+        strides=st.integers(1, 2),
+        dilation=st.integers(1, 2),
+        padding=st.sampled_from(["SAME", "VALID", "CIRCULAR", "REFLECT", 1, ((0, 2),)]),
+    )
+)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(case=cases, width=st.integers(1, 3), features=st.integers(1, 8))
+def test_every_implementation_agrees_with_the_definition(implementation, case, width, features):
+    if case["padding"] == ((0, 2),):
+        case["padding"] = ((0, 2),) * case["rank"]
+    if case["rank"] == 3 and case["regions"] > 8:
+        case["regions"] = 8
+    arguments, kw, dy = draw(
+        channels=width * case["groups"], features=features * case["groups"],
+        size=5 if case["rank"] < 3 else 4, **{k: v for k, v in case.items() if k != "size"},
+    ) if case["kernel"] * case["dilation"] <= 4 else draw(0)
+    expected = outputs_and_gradients("reference", arguments, kw, dy)
+    assert_agree(outputs_and_gradients(implementation, arguments, kw, dy), expected, 2e-6)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("channels,features,size,regions", [(58, 58, 9, 8), (33, 17, 16, 33)])
+def test_wide_layers_agree(implementation, channels, features, size, regions):
+    arguments, kw, dy = draw(
+        4, channels=channels, features=features, size=size, regions=regions, kernel=1
+    )
+    expected = outputs_and_gradients("reference", arguments, kw, dy)
+    assert_agree(outputs_and_gradients(implementation, arguments, kw, dy), expected, 2e-6)
+
+
+@pytest.mark.parametrize("implementation", FAST)
+def test_bfloat16_accumulates_in_float32(implementation):
+    arguments, kw, dy = draw(5, channels=64, features=16, kernel=1)
+    low = [a.astype(jnp.bfloat16) for a in (*arguments[:2], dy)]
+    exact = [a.astype(jnp.float32) for a in low]
+    ours = outputs_and_gradients(implementation, (*low[:2], arguments[2]), kw, low[2])
+    expected = outputs_and_gradients("reference", (*exact[:2], arguments[2]), kw, exact[2])
+    for a, b in zip(ours[:3], expected[:3], strict=True):
+        assert a.dtype == jnp.bfloat16
+        scale = np.abs(b).max()
+        np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+def test_empty_regions_and_one_that_takes_all(implementation):
+    (x, filters, guide), kw, dy = draw(6)
+    guide = guide.at[..., 1].add(100.0)
+    y, _, dfilters, _ = outputs_and_gradients(implementation, (x, filters, guide), kw, dy)
+    one, *_ = outputs_and_gradients(implementation, (x, filters[:, 1:2], guide[..., 1:2]), kw, dy)
+    np.testing.assert_allclose(y, one, rtol=1e-5, atol=1e-5)
+    assert not dfilters[:, 0].any() and not dfilters[:, 2].any() and dfilters[:, 1].all()
+
+
+def test_one_region_is_a_convolution_per_sample():
+    (x, filters, guide), kw, _ = draw(7, regions=1, strides=2)
+    y = region_conv(x, filters, guide, **kw)
+    for b in range(2):
+        alone = jax.lax.conv_general_dilated(
+            x[b : b + 1], filters[b, 0], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        np.testing.assert_allclose(y[b], alone[0], rtol=1e-4, atol=1e-5)
+
+
+def test_permuting_regions_changes_nothing():
+    (x, filters, guide), kw, dy = draw(8, regions=4)
+    order = np.array([2, 0, 3, 1])
+    y, dx, dfilters, dguide = outputs_and_gradients(None, (x, filters, guide), kw, dy)
+    permuted = outputs_and_gradients(None, (x, filters[:, order], guide[..., order]), kw, dy)
+    assert_agree(permuted, (y, dx, dfilters[:, order], dguide[..., order]), 1e-6)
+
+
+def test_translation_under_circular_padding():
+    (x, filters, guide), kw, _ = draw(9, padding="CIRCULAR")
+    y = region_conv(x, filters, guide, **kw)
+    rolled = region_conv(
+        jnp.roll(x, (2, 3), (1, 2)), filters, jnp.roll(guide, (2, 3), (1, 2)), **kw
+    )
+    np.testing.assert_allclose(rolled, jnp.roll(y, (2, 3), (1, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_samples_do_not_affect_each_other():
+    arguments, kw, dy = draw(10, batch=3)
+    whole = outputs_and_gradients(None, arguments, kw, dy)
+    alone = outputs_and_gradients(None, tuple(a[1:2] for a in arguments), kw, dy[1:2])
+    for a, b in zip(alone, whole, strict=True):
+        np.testing.assert_allclose(a[0], b[1], rtol=1e-5, atol=1e-5)
+
+
+class VariantsTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_with_and_without_jit(self):
+        arguments, kw, _ = draw(11)
+        y = self.variant(functools.partial(region_conv, **kw))(*arguments)
+        expected = region_conv(*arguments, implementation="reference", **kw)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [*FAST, None])
+def test_vmap_with_gradients(implementation):
+    arguments, kw, _ = draw(12, batch=4)
+    stacked = tuple(a.reshape(2, 2, *a.shape[1:]) for a in arguments)
+    op = functools.partial(region_conv, implementation=implementation, **kw)
+
+    def loss(x, filters, guide):
+        return (op(x, filters, guide) ** 2).sum()
+
+    gradient = jax.vmap(jax.grad(loss, (0, 1, 2)))(*stacked)
+    expected = jax.grad(loss, (0, 1, 2))(*arguments)
+    for a, b in zip(gradient, expected, strict=True):
+        np.testing.assert_allclose(a.reshape(b.shape), b, rtol=1e-4, atol=1e-4)
+
+
+def test_vmap_over_filters_only():
+    (x, filters, guide), kw, _ = draw(13)
+    both = jnp.stack([filters, 2 * filters])
+    y = jax.vmap(lambda w: region_conv(x, w, guide, **kw))(both)
+    np.testing.assert_allclose(y[1], 2 * y[0], rtol=1e-5, atol=1e-6)
+
+
+def test_remat_gives_the_same_gradients():
+    arguments, kw, _ = draw(14)
+    op = functools.partial(region_conv, **kw)
+    plain = jax.grad(lambda *a: jnp.sin(op(*a)).sum(), (0, 1, 2))(*arguments)
+    remat = jax.grad(lambda *a: jnp.sin(jax.checkpoint(op)(*a)).sum(), (0, 1, 2))(*arguments)
+    chex.assert_trees_all_close(plain, remat, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "blocked", None])
+def test_a_batch_sharded_over_eight_devices(implementation):
+    assert len(jax.devices()) == 8
+    arguments, kw, dy = draw(15, batch=16)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    sharded = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec("data")))
+    ours = outputs_and_gradients(implementation, sharded, kw, dy)
+    assert len(ours[0].sharding.device_set) == 8
+    assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
+
+
+def test_export_for_all_platforms_with_any_batch_size():
+    arguments, kw, _ = draw(16)
+    (batch,) = jax.export.symbolic_shape("b")
+    shapes = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arguments]
+    op = jax.jit(functools.partial(region_conv, **kw))
+    exported = jax.export.export(op, platforms=["cpu", "tpu", "cuda"])(*shapes)
+    loaded = jax.export.deserialize(exported.serialize())
+    np.testing.assert_allclose(loaded.call(*arguments), op(*arguments), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", [*FAST, None])
+def test_zero_size_batch(implementation):
+    (x, filters, guide), kw, _ = draw(17)
+    y = region_conv(x[:0], filters[:0], guide[:0], implementation=implementation, **kw)
+    assert y.shape == (0, 7, 7, 6)
+
+
+def test_names_in_turn_fall_through(monkeypatch):
+    (x, filters, guide), kw, _ = draw(18, kernel=1)
+    half = [a.astype(jnp.float16) for a in (x, filters)]
+    with pytest.raises(NotImplementedError, match="does not do float16"):
+        region_conv(*half, guide, implementation="cpu", **kw)
+    y = region_conv(*half, guide, implementation=("cpu", "blocked"), **kw)
+    expected = region_conv(x, filters, guide, **kw)
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(x=jnp.zeros((2, 7, 7, 5))), ValueError, "but x has 5 channels"),
+        (dict(x=jnp.zeros((3, 7, 7, 4))), ValueError, "batch 3"),
+        (dict(x=jnp.zeros((2, 7, 7, 4), jnp.bfloat16)), TypeError, "bfloat16 and float32"),
+        (dict(x=jnp.zeros((2, 4))), ValueError, "1, 2 or 3 spatial dimensions"),
+        (dict(guide=jnp.zeros((2, 7, 7, 4))), ValueError, r"\(2, 7, 7, 3\).*got \(2, 7, 7, 4\)"),
+        (dict(guide=jnp.zeros((2, 7, 7, 3), jnp.int32)), TypeError, "int32"),
+        (dict(strides=0), ValueError, "strides must be at least 1 everywhere, got 0"),
+        (dict(strides=(1, 1, 1)), ValueError, "strides must have one entry for each of the 2"),
+        (dict(strides="2"), TypeError, "strides must be an integer"),
+        (dict(padding="SAMES"), ValueError, "CIRCULAR.*got 'SAMES'"),
+        (dict(padding=(1, 1, 1)), ValueError, "padding must have one"),
+        (dict(padding=1.5), TypeError, "got 1.5"),
+        (dict(padding="CAUSAL"), ValueError, "1 spatial dimension"),
+        (dict(feature_group_count=4), ValueError, "divide features=6, got 4"),
+        (dict(implementation="cuda"), ValueError, "got 'cuda'"),
+        (dict(filters=jnp.zeros((2, 0, 3, 3, 4, 6)), guide=jnp.zeros((2, 7, 7, 0))), ValueError,
+         "at least one region"),
+    ],
+)
+def test_bad_arguments(no_shape_checks, change, error, message):
+    (x, filters, guide), _, _ = draw(19)
+    arguments = {"x": x, "filters": filters, "guide": guide, **change}
+    positional = [arguments.pop(name) for name in ("x", "filters", "guide")]
+    with pytest.raises(error, match=message):
+        region_conv(*positional, **arguments)
