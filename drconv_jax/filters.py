@@ -53,7 +53,7 @@ def init_pooled(
     feature_group_count: int = 1,
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
     param_dtype: jnp.dtype = jnp.float32,
-) -> dict[str, Float[Array, "..."]]:
+) -> dict[str, Float[Array, ...]]:
     """Parameters of the paper's generator.
 
     Returns:
@@ -135,8 +135,8 @@ def _mix_banks(
         for r in range(regions)
     ]
     kernel = weights.shape[1:-2]
-    filters = [f.astype(weights.dtype).reshape(-1, *kernel, *filter_shape) for f in each]
-    return jnp.stack(filters, axis=1)
+    shaped = [f.astype(weights.dtype).reshape(-1, *kernel, *filter_shape) for f in each]
+    return jnp.stack(shaped, axis=1)
 
 
 def init_experts(
@@ -150,7 +150,7 @@ def init_experts(
     feature_group_count: int = 1,
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
     param_dtype: jnp.dtype = jnp.float32,
-) -> dict[str, Float[Array, "..."]]:
+) -> dict[str, Float[Array, ...]]:
     """Parameters of the released code's generator with E experts.
 
     Returns:

@@ -72,7 +72,9 @@ class Hyperparameters:
     def of(cls, layer: Any, **instead: Any) -> Hyperparameters:
         """Collects the fields from a layer's attributes of the same names, or from `instead`."""
         names = [field.name for field in dataclasses.fields(cls)]
-        return cls(**{name: getattr(layer, name) for name in names if name not in instead}, **instead)
+        return cls(
+            **{name: getattr(layer, name) for name in names if name not in instead}, **instead
+        )
 
     @property
     def kernel(self) -> tuple[int, ...]:
@@ -143,9 +145,9 @@ def init(
 def apply(
     hyper: Hyperparameters,
     params: Mapping[str, Any],
-    x: Float[Array, "..."],
-    guide: Float[Array, "..."] | None = None,
-) -> tuple[Float[Array, "..."], Int[Array, "..."]]:
+    x: Float[Array, ...],
+    guide: Float[Array, ...] | None = None,
+) -> tuple[Float[Array, ...], Int[Array, ...]]:
     """The layer: guide, filters, region convolution, bias (Figure 2).
 
     Args:
@@ -169,7 +171,9 @@ def apply(
         )
     batch = x.shape[: -rank - 1]
     if guide is not None and (
-        guide.ndim != x.ndim or guide.shape[-1] != hyper.regions or guide.shape[: len(batch)] != batch
+        guide.ndim != x.ndim
+        or guide.shape[-1] != hyper.regions
+        or guide.shape[: len(batch)] != batch
     ):
         raise ValueError(
             f"guide must have shape (*batch, *spatial, regions) with batch {batch} and "
@@ -179,7 +183,7 @@ def apply(
     x, *leaves = hyper.promote_dtype((x, *leaves), dtype=hyper.dtype)
     params = jax.tree.unflatten(tree, leaves)
     x = _one_batch_axis(x, rank)
-    window = {
+    window: dict[str, Any] = {
         "strides": hyper.strides,
         "padding": hyper.padding,
         "input_dilation": hyper.input_dilation,
@@ -220,9 +224,7 @@ def _one_batch_axis(values: Array, rank: int) -> Array:
 def _guide_convolution(
     hyper: Hyperparameters, params: Mapping[str, Array], x: Array, window_arguments: Any
 ) -> Float[Array, "batch *out_spatial regions"]:
-    x, window = window_of(
-        x, hyper.guide_kernel, centred_on=hyper.kernel, **window_arguments
-    )
+    x, window = window_of(x, hyper.guide_kernel, centred_on=hyper.kernel, **window_arguments)
     spatial = "DHW"[-len(window.strides) :]
     features = jax.lax.conv_general_dilated(
         x,

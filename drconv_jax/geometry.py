@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -125,11 +126,13 @@ def window_of(
 
     pairs = _padding_pairs(padding, x.shape[1:-1], main, strides)
     if padding == "CAUSAL":
-        pairs = tuple((low - (m - o), high) for (low, high), m, o in zip(pairs, main, own))
+        pairs = tuple(
+            (low - (m - o), high) for (low, high), m, o in zip(pairs, main, own, strict=True)
+        )
     else:
         pairs = tuple(
             (low - (m - o) // 2, high - (m - o - (m - o) // 2))
-            for (low, high), m, o in zip(pairs, main, own)
+            for (low, high), m, o in zip(pairs, main, own, strict=True)
         )
     if isinstance(padding, str) and padding in _WRAPPING_MODES:
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_WRAPPING_MODES[padding])
@@ -160,12 +163,10 @@ def _padding_pairs(
             f"(low, high) pair per spatial dimension, got {padding!r}."
         )
     try:
-        entries = [padding] * rank if np.ndim(padding) == 0 else list(padding)  # type: ignore
+        entries: list[Any] = [padding] * rank if np.ndim(padding) == 0 else list(padding)  # type: ignore[arg-type]
         pairs = tuple(
-            (operator.index(entry), operator.index(entry))  # type: ignore[arg-type]
-            if np.ndim(entry) == 0  # type: ignore[arg-type]
-            else tuple(operator.index(side) for side in entry)  # type: ignore[union-attr]
-            for entry in entries
+            tuple(operator.index(side) for side in ((e, e) if np.ndim(e) == 0 else e))
+            for e in entries
         )
     except (TypeError, ValueError):
         raise TypeError(

@@ -24,7 +24,7 @@ StateDict = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One array: where it goes in the variables, and what it is called and looks like in PyTorch."""
+    """One array: its path in the variables, and its name and shape in PyTorch."""
 
     path: tuple[str, ...]
     name: str
@@ -52,25 +52,24 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
       TypeError: no table is known for this kind of module.
       ValueError: entries are missing, unexpected or misshapen; the message lists all of them.
     """
-    for kind, table in _TABLES.items():
-        if isinstance(module, kind):
-            break
-    else:
+    table = next((t for kind, t in _TABLES.items() if isinstance(module, kind)), None)
+    if table is None:
         known = ", ".join(kind.__name__ for kind in _TABLES)
         raise TypeError(f"module must be one of {known}, got {type(module).__name__}.")
     arrays = {name: np.asarray(value) for name, value in state_dict.items()}
     entries = table(module, arrays)
     _check_names(entries, arrays)
     flat = {
-        ("params", *entry.path): jnp.asarray(entry.convert(arrays[entry.name]))
-        for entry in entries
+        ("params", *entry.path): jnp.asarray(entry.convert(arrays[entry.name])) for entry in entries
     }
     return unflatten_dict(flat)
 
 
 def _check_names(entries: list[Entry], arrays: Mapping[str, np.ndarray]) -> None:
     expected = {entry.name: entry.shape for entry in entries}
-    problems = [f"missing: {name} {shape}" for name, shape in expected.items() if name not in arrays]
+    problems = [
+        f"missing: {name} {shape}" for name, shape in expected.items() if name not in arrays
+    ]
     problems += [
         f"unexpected: {name} {array.shape}"
         for name, array in arrays.items()
@@ -105,7 +104,9 @@ def _drconv_pooled(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) -> 
             (m * m, channels, *ones),
             lambda w: w.reshape(m, m, channels).transpose(2, 0, 1),
         ),
-        Entry(("filters", "mixing_bias"), "conv_kernel.1.bias", (m * m,), lambda b: b.reshape(m, m)),
+        Entry(
+            ("filters", "mixing_bias"), "conv_kernel.1.bias", (m * m,), lambda b: b.reshape(m, m)
+        ),
         Entry(
             ("filters", "bank_kernel"),
             "conv_kernel.3.weight",
@@ -130,7 +131,9 @@ def _drconv_experts(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) ->
     filter_size = hyper.features * per_group * int(np.prod(kernel))
 
     def bank(w: np.ndarray) -> np.ndarray:
-        return np.moveaxis(w.reshape(hyper.features, per_group, *kernel, count), (-1, 0, 1), (0, -1, -2))
+        return np.moveaxis(
+            w.reshape(hyper.features, per_group, *kernel, count), (-1, 0, 1), (0, -1, -2)
+        )
 
     entries = [
         Entry(

@@ -79,8 +79,8 @@ class DRConv(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "..."], guide: Float[Array, "..."] | None = None
-    ) -> Float[Array, "..."]:
+        self, x: Float[Array, ...], guide: Float[Array, ...] | None = None
+    ) -> Float[Array, ...]:
         """Applies the layer.
 
         Args:

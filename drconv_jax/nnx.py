@@ -95,8 +95,8 @@ class DRConv(nnx.Module):
         self.bias = nnx.Param(values["bias"]) if use_bias else None
 
     def __call__(
-        self, x: Float[Array, "..."], guide: Float[Array, "..."] | None = None
-    ) -> Float[Array, "..."]:
+        self, x: Float[Array, ...], guide: Float[Array, ...] | None = None
+    ) -> Float[Array, ...]:
         """Applies the layer; see `drconv_jax.DRConv.__call__`.
 
         Raises:

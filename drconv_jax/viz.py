@@ -11,7 +11,7 @@ from flax.traverse_util import flatten_dict
 from jaxtyping import Float, Int
 
 
-def region_indices(intermediates: Mapping[str, Any]) -> dict[str, Int[np.ndarray, "batch *out"]]:
+def region_indices(intermediates: Mapping[str, Any]) -> dict[str, Int[np.ndarray, batch * out]]:
     """The region indices that a network's DRConv layers have sown, by layer, in order of the call.
 
     Args:
@@ -60,7 +60,7 @@ def save_guide_masks(
             if row == 0:
                 height, width = index.shape[1:]
                 label = layer.replace("_", " ").replace("/", "\n")
-                axes[0, column].set_title(f"{label}\n{height}×{width}", fontsize=7)
+                axes[0, column].set_title(f"{label}\n{height}x{width}", fontsize=7)
     axes[0, 0].set_title("input", fontsize=7)
     for axis in axes.flat:
         axis.set_xticks([])

@@ -1,6 +1,5 @@
 """Eight simulated devices, strict dtypes and ranks, shapes checked at every call."""
 
-
 import jax
 import jaxtyping
 import pytest

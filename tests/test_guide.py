@@ -63,5 +63,3 @@ def test_bad_features(no_shape_checks):
         guide_mask(jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"at least one region, got \(2, 0\)"):
         region_index(jnp.zeros((2, 0)))
-
-

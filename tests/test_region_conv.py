@@ -23,18 +23,34 @@ def test_the_native_kernel_was_built():
     assert cpu.available()
 
 
-def draw(seed, *, rank=2, batch=2, channels=4, features=6, regions=3, groups=1, size=7, kernel=3,
-         strides=1, padding="SAME", dilation=1, dtype=np.float32):
+def draw(
+    seed,
+    *,
+    rank=2,
+    batch=2,
+    channels=4,
+    features=6,
+    regions=3,
+    groups=1,
+    size=7,
+    kernel=3,
+    strides=1,
+    padding="SAME",
+    dilation=1,
+    dtype=np.float32,
+):
     """Arguments, keywords and a cotangent of a random case."""
     rng = np.random.default_rng(seed)
     kernel = (kernel,) * rank if isinstance(kernel, int) else kernel
     size = (size,) * rank if isinstance(size, int) else size
-    kw = dict(strides=strides, padding=padding, kernel_dilation=dilation,
-              feature_group_count=groups)
+    kw = dict(
+        strides=strides, padding=padding, kernel_dilation=dilation, feature_group_count=groups
+    )
     x = jnp.asarray(rng.normal(size=(batch, *size, channels)), dtype)
     filters = rng.normal(size=(batch, regions, *kernel, channels // groups, features))
-    padded, window = window_of(x, kernel, strides=strides, padding=padding,
-                               kernel_dilation=dilation)
+    padded, window = window_of(
+        x, kernel, strides=strides, padding=padding, kernel_dilation=dilation
+    )
     out = window.output_shape(padded.shape[1:-1])
     guide = rng.normal(size=(batch, *out, regions))
     cotangent = rng.normal(size=(batch, *out, features))
@@ -71,20 +87,20 @@ def test_the_definition_against_a_loop_over_positions():
     for b, i, j in np.ndindex(*index.shape):
         window = padded[b, 2 * i : 2 * i + 5 : 2, 2 * j : 2 * j + 5 : 2]
         filter = np.asarray(filters)[b, index[b, i, j]]
-        halves = [np.tensordot(window[..., 2 * g : 2 * g + 2], filter[..., 3 * g : 3 * g + 3], 3)
-                  for g in range(2)]
+        halves = [
+            np.tensordot(window[..., 2 * g : 2 * g + 2], filter[..., 3 * g : 3 * g + 3], 3)
+            for g in range(2)
+        ]
         np.testing.assert_allclose(y[b, i, j], np.concatenate(halves), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", list(IMPLEMENTATIONS) + [None])
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
 def test_guide_gradient_by_hand(implementation):
     """Eq. 7-8 written out with loops, in float64."""
     with jax.enable_x64(True):
         (x, filters, guide), kw, dy = draw(1, size=4, batch=1, kernel=1, dtype=np.float64)
         arrays = [np.asarray(a) for a in (x, filters, guide, dy)]
-        _, dx, dfilters, dguide = outputs_and_gradients(
-            implementation, (x, filters, guide), kw, dy
-        )
+        _, dx, dfilters, dguide = outputs_and_gradients(implementation, (x, filters, guide), kw, dy)
         x, filters, guide, dy = (a[0] for a in arrays)
         expected_dx, expected_dfilters = np.zeros_like(x), np.zeros_like(filters)
         for p in np.ndindex(4, 4):
@@ -142,10 +158,16 @@ def test_every_implementation_agrees_with_the_definition(implementation, case, w
         case["padding"] = ((0, 2),) * case["rank"]
     if case["rank"] == 3 and case["regions"] > 8:
         case["regions"] = 8
-    arguments, kw, dy = draw(
-        channels=width * case["groups"], features=features * case["groups"],
-        size=5 if case["rank"] < 3 else 4, **{k: v for k, v in case.items() if k != "size"},
-    ) if case["kernel"] * case["dilation"] <= 4 else draw(0)
+    arguments, kw, dy = (
+        draw(
+            channels=width * case["groups"],
+            features=features * case["groups"],
+            size=5 if case["rank"] < 3 else 4,
+            **{k: v for k, v in case.items() if k != "size"},
+        )
+        if case["kernel"] * case["dilation"] <= 4
+        else draw(0)
+    )
     expected = outputs_and_gradients("reference", arguments, kw, dy)
     assert_agree(outputs_and_gradients(implementation, arguments, kw, dy), expected, 2e-6)
 
@@ -313,8 +335,11 @@ def test_names_in_turn_fall_through(monkeypatch):
         (dict(padding="CAUSAL"), ValueError, "1 spatial dimension"),
         (dict(feature_group_count=4), ValueError, "divide features=6, got 4"),
         (dict(implementation="cuda"), ValueError, "got 'cuda'"),
-        (dict(filters=jnp.zeros((2, 0, 3, 3, 4, 6)), guide=jnp.zeros((2, 7, 7, 0))), ValueError,
-         "at least one region"),
+        (
+            dict(filters=jnp.zeros((2, 0, 3, 3, 4, 6)), guide=jnp.zeros((2, 7, 7, 0))),
+            ValueError,
+            "at least one region",
+        ),
     ],
 )
 def test_bad_arguments(no_shape_checks, change, error, message):

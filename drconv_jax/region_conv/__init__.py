@@ -7,12 +7,13 @@ the others are held to it, values and every gradient.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drconv_jax.geometry import Padding, Window, window_of
+from drconv_jax.geometry import Padding, window_of
 from drconv_jax.region_conv import automatic, blocked, cpu
 from drconv_jax.region_conv.fused import RegionConv, fused
 from drconv_jax.region_conv.reference import reference
@@ -119,12 +120,12 @@ def _choose(implementation: str | Sequence[str] | None) -> RegionConv:
             f"{implementation!r}."
         )
 
-    def first_willing(*args: object) -> Array:
+    def first_willing(*args: Any, **kwargs: Any) -> Any:
         for name in names[:-1]:
             try:
-                return IMPLEMENTATIONS[name](*args)  # type: ignore[arg-type]
+                return IMPLEMENTATIONS[name](*args, **kwargs)
             except NotImplementedError:
                 continue
-        return IMPLEMENTATIONS[names[-1]](*args)  # type: ignore[arg-type]
+        return IMPLEMENTATIONS[names[-1]](*args, **kwargs)
 
     return first_willing

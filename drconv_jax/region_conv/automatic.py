@@ -61,9 +61,7 @@ def _lower_unless_exported(
 
 _unless_exported_p = Primitive("unless_exported")
 _unless_exported_p.multiple_results = True
-_unless_exported_p.def_impl(
-    lambda *args, inside, exported: jax.tree.leaves(jax.jit(inside)(*args))
-)
+_unless_exported_p.def_impl(lambda *args, inside, exported: jax.tree.leaves(jax.jit(inside)(*args)))
 _unless_exported_p.def_abstract_eval(
     lambda *avals, inside, exported: [
         ShapedArray(leaf.shape, leaf.dtype)

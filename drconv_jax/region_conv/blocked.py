@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drconv_jax.geometry import Window
 from drconv_jax.region_conv.fused import Statics
 
 
@@ -71,11 +70,14 @@ def _patches(x: Array, statics: Statics) -> Float[Array, "batch positions groups
     )
     taps = []
     for tap in range(math.prod(window.kernel_size)):
-        start, rest = [], tap
+        rest, start = tap, list[int]()
         for size, dilation in zip(window.kernel_size[::-1], window.dilation[::-1], strict=True):
             rest, offset = divmod(rest, size)
             start.insert(0, offset * dilation)
-        stop = [s + (n - 1) * stride + 1 for s, n, stride in zip(start, out, window.strides)]
+        stop = [
+            s + (n - 1) * stride + 1
+            for s, n, stride in zip(start, out, window.strides, strict=True)
+        ]
         taps.append(
             jax.lax.slice(x, (0, *start, 0), (batch, *stop, channels), (1, *window.strides, 1))
         )
@@ -97,9 +99,7 @@ def _einsum(equation: str, a: Array, b: Array, statics: Statics) -> Array:
     wide = _wide(a)
 
     def product(a: Array, b: Array) -> Array:
-        return jnp.einsum(
-            equation, a, b, precision=statics.precision, preferred_element_type=wide
-        )
+        return jnp.einsum(equation, a, b, precision=statics.precision, preferred_element_type=wide)
 
     if a.dtype == wide:
         return product(a, b)

@@ -44,8 +44,8 @@ def does(dtype: jnp.dtype) -> bool:
 def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
     """See `fused.Kernel.forward`."""
     arguments, attributes = _prepare(statics, x, filters, index)
-    y = jax.ShapeDtypeStruct((*arguments[2].shape, filters.shape[-1]), x.dtype)
-    y = jax.ffi.ffi_call(_FORWARD, y)(*arguments, **attributes)
+    shape = jax.ShapeDtypeStruct((*arguments[2].shape, filters.shape[-1]), x.dtype)
+    y: Array = jax.ffi.ffi_call(_FORWARD, shape)(*arguments, **attributes)
     return y.reshape(*index.shape, y.shape[-1])
 
 
@@ -57,8 +57,10 @@ def backward(
     scores = jax.ShapeDtypeStruct(
         (*index.shape, filters.shape[1]), jnp.promote_types(x.dtype, jnp.float32)
     )
-    dx, dfilters = (jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, filters))
-    return jax.ffi.ffi_call(_BACKWARD, (dx, dfilters, scores))(*arguments, y, dy, **attributes)
+    like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2]]
+    call = jax.ffi.ffi_call(_BACKWARD, (*like, scores))
+    dx, dfilters, scores_of = call(*arguments, y, dy, **attributes)
+    return dx.reshape(x.shape), dfilters.reshape(filters.shape), scores_of
 
 
 def _prepare(

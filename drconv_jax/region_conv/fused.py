@@ -28,7 +28,8 @@ class RegionConv(Protocol):
         window: Window,
         groups: int,
         precision: jax.lax.PrecisionLike,
-    ) -> Float[Array, "batch *out_spatial features"]: ...
+    ) -> Float[Array, "batch *out_spatial features"]:
+        """Computes y; see `drconv_jax.region_conv`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +54,7 @@ class Kernel(Protocol):
         statics: Statics,
         x: Float[Array, "batch *spatial in"],
         filters: Float[Array, "batch regions *kernel in_per_group features"],
-        index: Int[Array, "batch *out_spatial"],
+        index: Int[Array, batch * out_spatial],
     ) -> Float[Array, "batch *out_spatial features"]:
         """y[p] = W[index[p]] applied to the window of x at p."""
 
@@ -62,7 +63,7 @@ class Kernel(Protocol):
         statics: Statics,
         x: Float[Array, "batch *spatial in"],
         filters: Float[Array, "batch regions *kernel in_per_group features"],
-        index: Int[Array, "batch *out_spatial"],
+        index: Int[Array, batch * out_spatial],
         y: Float[Array, "batch *out_spatial features"],
         dy: Float[Array, "batch *out_spatial features"],
     ) -> tuple[

@@ -61,9 +61,9 @@ def _difference(like: Any, saved: Any) -> str:
             tree, is_leaf=lambda node: hasattr(node, "shape")
         )[0]
         return {
-            "/".join(str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path): (
-                tuple(leaf.shape)
-            )
+            "/".join(
+                str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
+            ): (tuple(leaf.shape))
             for path, leaf in leaves
             if getattr(leaf, "shape", None) is not None
         }
@@ -71,5 +71,6 @@ def _difference(like: Any, saved: Any) -> str:
     ours, theirs = shapes(like), shapes(saved)
     for name in sorted(ours.keys() | theirs.keys()):
         if ours.get(name) != theirs.get(name):
-            return f"{name} is {theirs.get(name, 'missing')} there and {ours.get(name, 'missing')} here"
+            there, here = theirs.get(name, "missing"), ours.get(name, "missing")
+            return f"{name} is {there} there and {here} here"
     return ""

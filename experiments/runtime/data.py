@@ -27,7 +27,7 @@ class Split:
     """Images (uint8) and their labels."""
 
     images: UInt8[np.ndarray, "count size size 3"]
-    labels: Int[np.ndarray, "count"]
+    labels: Int[np.ndarray, count]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +69,7 @@ def load(source: str, size: int) -> Dataset:
 
 
 def batches(
-    split: Split, batch_size: int, *, order: Int[np.ndarray, "count"]
+    split: Split, batch_size: int, *, order: Int[np.ndarray, count]
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Full batches in the given order; what is left over at the end is left out."""
     for start in range(0, len(order) - batch_size + 1, batch_size):
@@ -188,8 +188,8 @@ def _decode(
         if not content:
             return "the file is empty"
         try:
-            with Image.open(io.BytesIO(content)) as image:
-                image = image.convert("RGB")
+            with Image.open(io.BytesIO(content)) as opened:
+                image = opened.convert("RGB")
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 return np.asarray(image)

@@ -56,8 +56,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             if getattr(self, name) < 1:
-                raise UserError(f"--train.{name.replace('_', '-')} must be at least 1, got "
-                                f"{getattr(self, name)}.")
+                raise UserError(
+                    f"--train.{name.replace('_', '-')} must be at least 1, got "
+                    f"{getattr(self, name)}."
+                )
 
 
 class TrainState(struct.PyTreeNode):
@@ -125,7 +127,10 @@ def train(
                     loss, accuracy = sums / (number - 1)
                     shown = f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:,.0f} images/s"
                     progress.update(
-                        task, advance=1, description=f"epoch {epoch + 1}/{config.epochs}", shown=shown
+                        task,
+                        advance=1,
+                        description=f"epoch {epoch + 1}/{config.epochs}",
+                        shown=shown,
                     )
                 pending = result
             sums += float(pending["loss"]), float(pending["accuracy"])
@@ -208,7 +213,10 @@ def _init(
         variables = model.init(key, images, train=False)
         params = variables["params"]
         return TrainState(
-            jnp.zeros((), jnp.int32), params, variables.get("batch_stats", {}), optimizer.init(params)
+            jnp.zeros((), jnp.int32),
+            params,
+            variables.get("batch_stats", {}),
+            optimizer.init(params),
         )
 
     return jax.jit(init)(jax.random.key(seed))
@@ -259,7 +267,7 @@ def _eval_step(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
     def step(state: TrainState, batch: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
         images, labels = batch
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits = model.apply(variables, normalize(images), train=False).astype(jnp.float32)
+        logits = jnp.asarray(model.apply(variables, normalize(images), train=False), jnp.float32)
         real = labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         return {
