@@ -24,8 +24,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import adaptive_average_pool
 
 Params = Mapping[str, Array]
@@ -52,7 +54,7 @@ def init_pooled(
     *,
     feature_group_count: int = 1,
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Float[Array, ...]]:
     """Parameters of the paper's generator.
 
@@ -149,7 +151,7 @@ def init_experts(
     experts: int = 8,
     feature_group_count: int = 1,
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
-    param_dtype: jnp.dtype = jnp.float32,
+    param_dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Float[Array, ...]]:
     """Parameters of the released code's generator with E experts.
 
@@ -191,7 +193,7 @@ def experts_filters(
       m filters per sample.
     """
     del kernel_size
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulator(x.dtype)
     context = x.mean(axis=range(1, x.ndim - 1), dtype=wide).astype(x.dtype)
     logits = _mixing_logits(params, context, precision)
     weights = (jax.nn.sigmoid(logits) * (2 / logits.shape[-1])).astype(x.dtype)
@@ -210,12 +212,12 @@ def _mixing_logits(
 
 
 def _product(equation: str, a: Array, b: Array, precision: jax.lax.PrecisionLike) -> Array:
-    wide = jnp.promote_types(a.dtype, jnp.float32)
+    wide = accumulator(a.dtype)
     return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=wide)
 
 
 def _wide(values: Array) -> Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(accumulator(values.dtype))
 
 
 GENERATORS: Mapping[str, FilterGenerator] = {

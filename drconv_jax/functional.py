@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from drconv_jax.dtypes import accumulator
 from drconv_jax.filters import GENERATORS
 from drconv_jax.geometry import Padding, canonical_tuple, resize_nearest, window_of
 from drconv_jax.guide import region_index
@@ -195,7 +196,7 @@ def apply(
         padded, main = window_of(x, hyper.kernel, **window)
         guide = _one_batch_axis(guide, rank)
         guide = resize_nearest(guide, main.output_shape(padded.shape[1:-1]))
-    guide = guide.astype(jnp.promote_types(guide.dtype, jnp.float32))
+    guide = guide.astype(accumulator(guide.dtype))
 
     generate = GENERATORS[hyper.filter_generator].apply
     filters = generate(params["filters"], x, hyper.kernel, precision=hyper.precision)

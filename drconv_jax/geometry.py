@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Shaped
 
+from drconv_jax.dtypes import accumulator
+
 Padding = str | int | Sequence[int | tuple[int, int]]
 
 _WRAPPING_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
@@ -204,7 +206,7 @@ def adaptive_average_pool(
     overlap where k does not divide n (`torch.nn.AdaptiveAvgPool2d`). Sums are taken in float32 at
     least; the result has the dtype of `x`.
     """
-    accumulator = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulator(x.dtype)
     pooled = x
     for axis, count in enumerate(bins, start=1):
         size = x.shape[axis]
@@ -212,8 +214,6 @@ def adaptive_average_pool(
         last = -(-(np.arange(count) + 1) * size // count)
         positions = np.arange(size)
         inside = (first[:, None] <= positions) & (positions < last[:, None])
-        weights = jnp.asarray(inside / inside.sum(axis=1, keepdims=True), accumulator)
-        pooled = jnp.moveaxis(
-            jnp.tensordot(pooled.astype(accumulator), weights, axes=(axis, 1)), -1, axis
-        )
+        weights = jnp.asarray(inside / inside.sum(axis=1, keepdims=True), wide)
+        pooled = jnp.moveaxis(jnp.tensordot(pooled.astype(wide), weights, axes=(axis, 1)), -1, axis)
     return pooled.astype(x.dtype)

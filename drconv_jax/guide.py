@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from drconv_jax.dtypes import accumulator
+
 
 def region_index(guide_features: Float[Array, "*positions regions"]) -> Int[Array, "*positions"]:
     """The region of every position: the argmax of its guide features (Eq. 3).
@@ -59,7 +61,7 @@ def softmax_vjp(
     With s = softmax(F) and g the cotangent: dL/dF_j = s_j (g_j - sum_i s_i g_i). A NaN among a
     position's guide features makes that position's gradient NaN.
     """
-    wide = jnp.promote_types(guide_features.dtype, jnp.float32)
+    wide = accumulator(guide_features.dtype)
     soft = jax.nn.softmax(guide_features.astype(wide), axis=-1)
     weighted = soft * cotangent.astype(wide)
     gradient = weighted - soft * weighted.sum(axis=-1, keepdims=True)

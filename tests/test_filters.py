@@ -67,7 +67,7 @@ def test_generator_against_loops(generator):
     extra = {"experts": experts} if generator == "experts" else {}
     params = generate.init(jax.random.key(0), channels, features, (3, 3), m, **extra)
     params = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
-    filters = np.asarray(generate.apply(params, jnp.asarray(x), (3, 3)))
+    filters = np.asarray(generate.apply(jax.tree.map(jnp.asarray, params), jnp.asarray(x), (3, 3)))
     for b, j, u, v in np.ndindex(2, m, 3, 3):
         if generator == "pooled":  # 3x3 pooled to 3x3 is itself
             context, n = x[b, u, v], m

@@ -118,7 +118,9 @@ def test_guide_gradient_by_hand(implementation):
 def test_gradients_of_input_and_filters_by_finite_differences(implementation):
     with jax.enable_x64(True):
         (x, filters, guide), kw, _ = draw(2, size=4, strides=2, dtype=np.float64)
-        function = lambda x, w: region_conv(x, w, guide, implementation=implementation, **kw)  # noqa: E731
+        function = lambda x, w: region_conv(  # noqa: E731
+            jnp.asarray(x), jnp.asarray(w), guide, implementation=implementation, **kw
+        )
         check_grads(function, (x, filters), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
 
 

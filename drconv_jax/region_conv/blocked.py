@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from drconv_jax.dtypes import accumulator
 from drconv_jax.region_conv.fused import Statics
 
 
@@ -18,11 +19,11 @@ def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
     """See `fused.Kernel.forward`."""
     patches = _patches(x, statics)
     matrices = _matrices(filters, statics.groups)
-    chosen = index.reshape(index.shape[0], -1)
+    chosen = index.reshape(index.shape[0], math.prod(index.shape[1:]))
 
     def add_region(region: Array, y: Array) -> Array:
         product = _multiply(patches, matrices[:, region], statics)
-        return jnp.where((chosen == region)[..., None, None], product, y)
+        return jnp.where((chosen == region.astype(chosen.dtype))[..., None, None], product, y)
 
     features_per_group = matrices.shape[-1]
     y = jnp.zeros((*chosen.shape, statics.groups, features_per_group), _wide(x))
@@ -36,12 +37,14 @@ def backward(
     """See `fused.Kernel.backward`."""
     patches, to_input = jax.vjp(lambda x: _patches(x, statics), x)
     matrices, to_filters = jax.vjp(lambda w: _matrices(w, statics.groups), filters)
-    chosen = index.reshape(index.shape[0], -1)
-    dy = dy.reshape(*chosen.shape, statics.groups, -1)
+    chosen = index.reshape(index.shape[0], math.prod(index.shape[1:]))
+    dy = dy.reshape(*chosen.shape, statics.groups, dy.shape[-1] // statics.groups)
 
     def region_gradients(dpatches: Array, region: Array) -> tuple[Array, tuple[Array, Array]]:
         matrix = matrices[:, region]
-        own = jnp.where((chosen == region)[..., None, None], dy, jnp.zeros((), dy.dtype))
+        own = jnp.where(
+            (chosen == region.astype(chosen.dtype))[..., None, None], dy, jnp.zeros((), dy.dtype)
+        )
         product = _multiply(patches, matrix, statics)
         score = (product * dy.astype(product.dtype)).sum(axis=(-1, -2))
         dmatrix = _einsum("bpgk,bpgf->bgkf", patches, own, statics).astype(filters.dtype)
@@ -49,7 +52,9 @@ def backward(
         return dpatches, (dmatrix, score)
 
     dpatches, (dmatrices, scores) = jax.lax.scan(
-        region_gradients, jnp.zeros(patches.shape, _wide(x)), jnp.arange(filters.shape[1])
+        region_gradients,
+        jnp.zeros(patches.shape, _wide(x)),
+        jnp.arange(filters.shape[1], dtype=index.dtype),
     )
     (dx,) = to_input(dpatches.astype(x.dtype))
     (dfilters,) = to_filters(jnp.moveaxis(dmatrices, 0, 1))
@@ -61,7 +66,7 @@ def _patches(x: Array, statics: Statics) -> Float[Array, "batch positions groups
     window, groups = statics.window, statics.groups
     batch, *spatial, channels = x.shape
     if window.is_pointwise:
-        return x.reshape(batch, -1, groups, channels // groups)
+        return x.reshape(batch, math.prod(spatial), groups, channels // groups)
     out = window.output_shape(spatial)
     x = jax.lax.pad(
         x,
@@ -81,14 +86,18 @@ def _patches(x: Array, statics: Statics) -> Float[Array, "batch positions groups
         taps.append(
             jax.lax.slice(x, (0, *start, 0), (batch, *stop, channels), (1, *window.strides, 1))
         )
-    stacked = jnp.stack(taps, axis=-2).reshape(batch, math.prod(out), len(taps), groups, -1)
-    return jnp.moveaxis(stacked, -2, -3).reshape(batch, math.prod(out), groups, -1)
+    stacked = jnp.stack(taps, axis=-2).reshape(
+        batch, math.prod(out), len(taps), groups, channels // groups
+    )
+    rows = len(taps) * channels // groups
+    return jnp.moveaxis(stacked, -2, -3).reshape(batch, math.prod(out), groups, rows)
 
 
 def _matrices(filters: Array, groups: int) -> Float[Array, "batch regions groups taps_in features"]:
-    batch, regions, *_, in_per_group, features = filters.shape
-    split = filters.reshape(batch, regions, -1, in_per_group, groups, features // groups)
-    return jnp.moveaxis(split, -2, 2).reshape(batch, regions, groups, -1, features // groups)
+    batch, regions, *kernel, in_per_group, features = filters.shape
+    rows = math.prod(kernel) * in_per_group
+    split = filters.reshape(batch, regions, rows, groups, features // groups)
+    return jnp.moveaxis(split, -2, 2)
 
 
 def _multiply(patches: Array, matrix: Array, statics: Statics) -> Array:
@@ -110,4 +119,4 @@ def _einsum(equation: str, a: Array, b: Array, statics: Statics) -> Array:
 
 
 def _wide(values: Array) -> jnp.dtype:
-    return jnp.promote_types(values.dtype, jnp.float32)
+    return accumulator(values.dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from drconv_jax.dtypes import accumulator
 from drconv_jax.region_conv.fused import Statics
 
 _FORWARD = "drconv_region_conv_forward"
@@ -54,9 +55,7 @@ def backward(
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
     arguments, attributes = _prepare(statics, x, filters, index)
-    scores = jax.ShapeDtypeStruct(
-        (*index.shape, filters.shape[1]), jnp.promote_types(x.dtype, jnp.float32)
-    )
+    scores = jax.ShapeDtypeStruct((*index.shape, filters.shape[1]), accumulator(x.dtype))
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2]]
     call = jax.ffi.ffi_call(_BACKWARD, (*like, scores))
     dx, dfilters, scores_of = call(*arguments, y, dy, **attributes)

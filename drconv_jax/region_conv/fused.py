@@ -126,7 +126,9 @@ def _foldable(function: Callable[..., Any]) -> Callable[..., Any]:
             for a, is_batched in zip(args, batched, strict=True)
         ]
         result = function(*(a.reshape(-1, *a.shape[2:]) for a in whole))
-        result = jax.tree.map(lambda r: r.reshape(axis_size, -1, *r.shape[1:]), result)
-        return result, jax.tree.map(lambda _: True, result)
+        parted = jax.tree.map(
+            lambda r: r.reshape(axis_size, r.shape[0] // axis_size, *r.shape[1:]), result
+        )
+        return parted, jax.tree.map(lambda _: True, parted)
 
     return function

@@ -1,0 +1,120 @@
+import json
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from experiments.runtime import data
+from experiments.runtime.errors import UserError
+
+TINY = [
+    "--model.blocks",
+    "1",
+    "1",
+    "1",
+    "--model.regions",
+    "2",
+    "--train.epochs",
+    "1",
+    "--image-size",
+    "16",
+    "--train.batch-size",
+    "4",
+]
+
+
+def command(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.classification", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture
+def tree(tmp_path):
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("cat", "dog"):
+            folder = tmp_path / "images" / split / label
+            folder.mkdir(parents=True)
+            for i in range(6):
+                pixels = rng.integers(0, 255, (20, 24, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    return tmp_path / "images"
+
+
+def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path):
+    (tree / "train" / "cat" / "0.png").write_bytes(b"not an image")
+    archive = tmp_path / "images.zip"
+    with zipfile.ZipFile(archive, "w") as target:
+        for path in tree.rglob("*.png"):
+            target.write(path, path.relative_to(tmp_path))
+    run = tmp_path / "run"
+    result = command("--data", f"folder:{archive}", "--run-dir", run, *TINY)
+    assert result.returncode == 0, result.stderr
+    assert "images/train/cat/0.png" in result.stderr
+    report = json.loads((run / "report.json").read_text())
+    assert report["skipped_images"] == 1 and "cat/0.png" in report["skipped"][0]
+    assert Image.open(run / "guide_masks.png").size[0] > 100
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1] and rows[0]["step"] == 11 // 4
+
+    again = command("--data", f"folder:{archive}", "--run-dir", run, *TINY)
+    assert again.returncode == 2 and "holds a run already" in again.stderr
+
+    config = json.loads((run / "config.json").read_text())
+    config["train"]["epochs"] = 2
+    (run / "config.json").write_text(json.dumps(config))
+    resumed = command("--resume", run)
+    assert resumed.returncode == 0, resumed.stderr
+    resumed_rows = (run / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(resumed_rows[0]) == rows[0] and len(resumed_rows) == 2
+
+    config["model"]["regions"] = 3
+    (run / "config.json").write_text(json.dumps(config))
+    other = command("--resume", run)
+    assert other.returncode == 2 and "is of another model" in other.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--data", "mnist"], '"digits" or "folder:PATH", got "mnist"'),
+        (["--data", "folder:/nowhere"], 'there is no "/nowhere"'),
+        (["--colour", "red"], "--colour"),
+        (["--model.regions", "0"], "regions must be at least 1, got 0"),
+        (["--train.epochs", "0"], "--train.epochs must be at least 1, got 0"),
+        (["--resume", "/nowhere"], 'there is no run in "/nowhere"'),
+    ],
+)
+def test_bad_options(arguments, message, tmp_path):
+    extra = [] if "--resume" in arguments else ["--run-dir", tmp_path / "run"]
+    result = command(*arguments, *extra)
+    assert result.returncode == 2 and message in result.stderr + result.stdout
+    assert "Traceback" not in result.stderr and not (tmp_path / "run").exists()
+
+
+def test_a_class_in_one_split_only(tree):
+    (tree / "val" / "dog").rename(tree / "val" / "wolf")
+    with pytest.raises(UserError, match='class "dog".*only in the train split'):
+        data.load(f"folder:{tree}", 16)
+
+
+def test_a_zip_that_is_none(tmp_path):
+    path = tmp_path / "x.zip"
+    path.write_bytes(b"PK nothing")
+    with pytest.raises(UserError, match="neither a folder nor a zip"):
+        data.load(f"folder:{path}", 16)
+
+
+def test_no_image_can_be_read(tree):
+    for path in (tree / "val").rglob("*.png"):
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match="no image of the test split"):
+        data.load(f"folder:{tree}", 16)

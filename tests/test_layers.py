@@ -1,0 +1,172 @@
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+from flax import nnx
+
+import drconv_jax
+from drconv_jax import DRConv
+from drconv_jax.models import ShuffleNetV2
+
+KEY = jax.random.key(0)
+X = jax.random.normal(jax.random.key(1), (2, 9, 9, 4))
+
+
+def same_as_linen(variables, layer):
+    params = variables["params"]
+    for group in ("guide", "filters"):
+        if group in params:
+            for name, value in params[group].items():
+                getattr(layer, group)[name][...] = value
+    if "bias" in params:
+        layer.bias[...] = params["bias"]
+
+
+@pytest.mark.parametrize("generator", ["pooled", "experts"])
+@pytest.mark.parametrize("guide_kernel", [None, 1, 5])
+@pytest.mark.parametrize(
+    "window",
+    [
+        {},
+        dict(strides=2),
+        dict(padding="VALID", kernel_dilation=2),
+        dict(padding="CIRCULAR"),
+        dict(padding=((0, 1), (2, 0)), input_dilation=2),
+        dict(kernel_size=(2, 3), use_bias=False),
+    ],
+)
+def test_linen_and_nnx_are_equal_and_shaped_as_a_convolution(generator, guide_kernel, window):
+    own = dict(filter_generator=generator, regions=3)
+    if guide_kernel is not None:
+        own["guide_kernel_size"] = (guide_kernel, guide_kernel)
+    linen = DRConv(6, **window, **own)
+    variables = linen.init(KEY, X)
+    layer = drconv_jax.nnx.DRConv(4, 6, **window, **own, rngs=nnx.Rngs(0))
+    same_as_linen(variables, layer)
+    y = linen.apply(variables, X)
+    np.testing.assert_array_equal(layer(X), y)
+    plain = nn.Conv(6, **{"kernel_size": (3, 3), **window})
+    assert y.shape == jax.eval_shape(plain.init_with_output, KEY, X)[0].shape
+
+
+def test_a_given_guide_needs_no_guide_convolution_and_is_resized():
+    guide = jax.random.normal(KEY, (2, 4, 4, 8))
+    layer = DRConv(6)
+    variables = layer.init(KEY, X, guide=guide)
+    assert "guide" not in variables["params"]
+    y = layer.apply(variables, X, guide=guide)
+    source = np.arange(9) * 4 // 9
+    expected = layer.apply(variables, X, guide=guide[:, source][:, :, source])
+    np.testing.assert_array_equal(y, expected)
+
+
+def test_region_index_is_sown():
+    layer = DRConv(6, regions=5)
+    variables = {"params": layer.init(KEY, X)["params"]}
+    _, state = layer.apply(variables, X, mutable="intermediates")
+    (index,) = state["intermediates"]["region_index"]
+    assert index.shape == (2, 9, 9) and index.dtype == jnp.int32
+    assert len(np.unique(index)) > 1 and index.min() >= 0 and index.max() < 5
+    same = drconv_jax.nnx.DRConv(4, 6, regions=5, rngs=nnx.Rngs(0))
+    same_as_linen(variables, same)
+    _, captured = nnx.capture(same, nnx.Intermediate)(X)
+    np.testing.assert_array_equal(
+        captured["region_index"].get_value()[0]
+        if hasattr(captured["region_index"], "get_value")
+        else captured["region_index"][0],
+        index,
+    )
+
+
+def test_unbatched_and_many_batch_axes():
+    layer = DRConv(6)
+    variables = layer.init(KEY, X)
+    y = layer.apply(variables, X)
+    np.testing.assert_allclose(layer.apply(variables, X[0]), y[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(layer.apply(variables, X[None])[0], y, rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16():
+    layer = DRConv(6, dtype=jnp.bfloat16)
+    variables = layer.init(KEY, X)
+    y = jax.jit(layer.apply)(variables, X)
+    assert y.dtype == jnp.bfloat16 and variables["params"]["bias"].dtype == jnp.float32
+    gradients = jax.grad(lambda v: layer.apply(v, X).astype(jnp.float32).sum())(variables)
+    chex.assert_trees_all_equal_dtypes(gradients, variables)
+    chex.assert_tree_all_finite(gradients)
+
+
+@pytest.mark.parametrize(
+    "fields,message",
+    [
+        (dict(regions=0), "regions must be at least 1, got 0"),
+        (dict(features=0), "features must be at least 1, got 0"),
+        (dict(filter_generator="mean"), "pooled, experts, got 'mean'"),
+        (dict(feature_group_count=4), "feature_group_count must divide features=6, got 4"),
+        (dict(feature_group_count=3), "feature_group_count=3, got 4"),
+        (dict(implementation="fast"), "got 'fast'"),
+    ],
+)
+def test_bad_fields(fields, message):
+    with pytest.raises(ValueError, match=message):
+        DRConv(**{"features": 6, **fields}).init(KEY, X)
+
+
+def test_bad_calls():
+    layer = DRConv(6)
+    with pytest.raises(ValueError, match="regions=8, got"):
+        layer.init(KEY, X, guide=jnp.zeros((2, 9, 9, 7)))
+    with pytest.raises(ValueError, match="2 spatial dimensions"):
+        layer.init(KEY, X[0, 0])
+    given = drconv_jax.nnx.DRConv(4, 6, own_guide=False, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="own_guide=False"):
+        given(X)
+
+
+@pytest.mark.parametrize("guide_regions", [None, 4])
+def test_shufflenet_learns_fixed_data_with_drconv(guide_regions):
+    model = ShuffleNetV2(
+        num_classes=3,
+        width=0.5,
+        blocks=(1, 1, 1),
+        stem_strides=(2, 1),
+        conv=functools.partial(DRConv, regions=4),
+        guide_regions=guide_regions,
+    )
+    images = jax.random.normal(KEY, (12, 16, 16, 3))
+    labels = jnp.arange(12) % 3
+    variables = model.init(KEY, images)
+    guides = [
+        path
+        for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"])
+        if path[-2].key == "guide" and path[-1].key == "kernel"
+    ]
+    assert len(guides) == (6 if guide_regions is None else 3)
+
+    @jax.jit
+    def step(variables):
+        def loss_of(params):
+            logits, updates = model.apply(
+                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
+            )
+            hot = jax.nn.one_hot(labels, 3)
+            return -(hot * jax.nn.log_softmax(logits)).sum(-1).mean(), updates
+
+        (loss, updates), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient)
+        return {"params": params, **updates}, loss
+
+    losses = []
+    for _ in range(15):
+        variables, loss = step(variables)
+        losses.append(float(loss))
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_bad_width():
+    with pytest.raises(ValueError, match="width must be positive, got 0"):
+        ShuffleNetV2(width=0).init(KEY, jnp.zeros((1, 32, 32, 3)))
