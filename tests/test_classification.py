@@ -61,7 +61,8 @@ def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path)
     assert "images/train/cat/0.png" in result.stderr
     report = json.loads((run / "report.json").read_text())
     assert report["skipped_images"] == 1 and "cat/0.png" in report["skipped"][0]
-    assert Image.open(run / "guide_masks.png").size[0] > 100
+    with Image.open(run / "guide_masks.png") as picture:
+        assert picture.size[0] > 100
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1] and rows[0]["step"] == 11 // 4
 
