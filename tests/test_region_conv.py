@@ -115,7 +115,7 @@ def test_guide_gradient_by_hand(implementation):
 
 
 @pytest.mark.parametrize("implementation", FAST)
-def test_gradients_of_input_and_filters_by_finite_differences(implementation):
+def test_gradients_of_input_and_filters_by_finite_differences(implementation, no_shape_checks):
     with jax.enable_x64(True):
         (x, filters, guide), kw, _ = draw(2, size=4, strides=2, dtype=np.float64)
         function = lambda x, w: region_conv(  # noqa: E731
