@@ -124,4 +124,9 @@ def _params(values: dict[str, Array]) -> dict[str, nnx.Param]:
 
 
 def _values(variables: nnx.Dict) -> dict[str, Array]:
-    return {name: variable[...] for name, variable in variables.items()}
+    # Inside `nnx.capture` the dictionary holds flax's own entry as well.
+    return {
+        name: variable[...]
+        for name, variable in variables.items()
+        if isinstance(variable, nnx.Param)
+    }

@@ -90,6 +90,7 @@ def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path)
         (["--data", "folder:/nowhere"], 'there is no "/nowhere"'),
         (["--colour", "red"], "--colour"),
         (["--model.regions", "0"], "regions must be at least 1, got 0"),
+        (["--train.batch-size", "5000"], "at most the 1438 training images, got 5000"),
         (["--train.epochs", "0"], "--train.epochs must be at least 1, got 0"),
         (["--resume", "/nowhere"], 'there is no run in "/nowhere"'),
     ],

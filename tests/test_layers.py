@@ -73,6 +73,17 @@ def test_region_index_is_sown():
     assert len(np.unique(index)) > 1 and index.min() >= 0 and index.max() < 5
 
 
+def test_nnx_captures_the_region_index():
+    layer = drconv_jax.nnx.DRConv(4, 6, regions=5, rngs=nnx.Rngs(0))
+    y, captured = nnx.capture(layer, nnx.Intermediate)(X)
+    np.testing.assert_array_equal(y, layer(X))
+    (index,) = jax.tree.leaves(captured)
+    guide = jax.lax.conv_general_dilated(
+        X, layer.guide["kernel"][...], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_array_equal(index, guide.argmax(-1))
+
+
 def test_unbatched_and_many_batch_axes():
     layer = DRConv(6)
     variables = layer.init(KEY, X)

@@ -25,7 +25,7 @@ from drconv_jax import DRConv, viz
 from drconv_jax.models import ShuffleNetV2
 from experiments.runtime import data
 from experiments.runtime.errors import UserError, exit_on_user_error
-from experiments.runtime.loop import TrainConfig, TrainState, normalize, train
+from experiments.runtime.loop import TrainConfig, TrainState, normalize, steps_per_epoch, train
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,6 +116,7 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
         jax.eval_shape(model.init, jax.random.key(0), dataset.test.images[:1].astype(np.float32))
     except ValueError as error:
         raise UserError(f"--model: {error}") from None
+    steps_per_epoch(dataset, config.train)
     run_dir.mkdir(parents=True, exist_ok=True)
     config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     (run_dir / "config.json").write_text(config_text, encoding="utf-8")

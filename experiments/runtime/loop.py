@@ -71,6 +71,21 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
 
 
+def steps_per_epoch(dataset: Dataset, config: TrainConfig) -> int:
+    """Full batches in the training split.
+
+    Raises:
+      UserError: there is none.
+    """
+    images = len(dataset.train.labels)
+    if config.batch_size > images:
+        raise UserError(
+            f"--train.batch-size must be at most the {images} training images, got "
+            f"{config.batch_size}."
+        )
+    return images // config.batch_size
+
+
 def train(
     model: nn.Module, dataset: Dataset, config: TrainConfig, run_dir: pathlib.Path
 ) -> tuple[TrainState, dict[str, float]]:
@@ -88,12 +103,7 @@ def train(
     Raises:
       UserError: a batch is larger than the training split, or the checkpoint does not fit.
     """
-    steps = len(dataset.train.labels) // config.batch_size
-    if steps == 0:
-        raise UserError(
-            f"--train.batch-size must be at most the {len(dataset.train.labels)} training images, "
-            f"got {config.batch_size}."
-        )
+    steps = steps_per_epoch(dataset, config)
     optimizer = _optimizer(config, steps)
     state = _init(model, dataset, optimizer, config.seed)
     checkpoints = Checkpoints(run_dir)
@@ -105,11 +115,11 @@ def train(
     done = int(state.step) // steps
     metrics = _read_metrics(run_dir, done)
     console = Console()
+    _write_metrics(run_dir, metrics)
     with (
         _progress(console) as progress,
-        open(run_dir / "metrics.jsonl", "w", encoding="utf-8") as log,
+        open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as log,
     ):
-        log.writelines(json.dumps(row) + "\n" for row in metrics)
         task = progress.add_task("", total=config.epochs * steps, completed=done * steps, shown="")
         for epoch in range(done, config.epochs):
             order = np.random.default_rng((config.seed, epoch)).permutation(
@@ -285,6 +295,14 @@ def _read_metrics(run_dir: pathlib.Path, epochs: int) -> list[dict[str, float]]:
         return []
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return [row for row in rows if row["epoch"] <= epochs]
+
+
+def _write_metrics(run_dir: pathlib.Path, rows: list[dict[str, float]]) -> None:
+    """Drops rows that no checkpoint has seen, all at once or not at all."""
+    path = run_dir / "metrics.jsonl"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _progress(console: Console) -> Progress:
