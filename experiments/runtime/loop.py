@@ -165,9 +165,8 @@ def train(
             log.flush()
             checkpoints.save(int(state.step), state)
             progress.console.print(
-                f"epoch {epoch + 1:3d}  train loss {loss:.3f}  train accuracy {accuracy:.3f}  "
-                f"test accuracy {row['test_accuracy']:.4f}  "
-                f"{row['images_per_second']:,.0f} images/s"
+                f"epoch {epoch + 1:3d}  loss {loss:.3f}  train {accuracy:.3f}  "
+                f"test {row['test_accuracy']:.4f}  {row['images_per_second']:,.0f} images/s"
             )
     checkpoints.close()
     return state, metrics[-1]
