@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 
 from drconv_jax import DRConv
 from drconv_jax.interop import import_torch
@@ -63,3 +64,15 @@ def test_all_that_does_not_fit_is_listed():
         import_torch(layer, params)
     assert "unexpected: extra.weight (3,)" in str(error.value)
     assert "misshapen: conv_kernel.3.bias is (7,), must be (480,)" in str(error.value)
+
+
+def test_without_the_weight_that_tells_the_channels():
+    layer, _, params, _ = load("experts_0.npz")
+    del params["routing_fc.weight"], params["weight"]
+    with pytest.raises(ValueError, match="missing: routing_fc.weight; missing: weight"):
+        import_torch(layer, params)
+
+
+def test_an_unknown_module():
+    with pytest.raises(TypeError, match="one of DRConv, got Dense"):
+        import_torch(nn.Dense(3), {})
