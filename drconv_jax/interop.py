@@ -20,6 +20,7 @@ from drconv_jax.functional import Hyperparameters
 from drconv_jax.linen import DRConv
 
 StateDict = Mapping[str, Any]
+_UNKNOWN = 0  # channels that no weight tells, because it is missing itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +68,7 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
 
 def _check_names(entries: list[Entry], arrays: Mapping[str, np.ndarray]) -> None:
     expected = {entry.name: entry.shape for entry in entries}
-    problems = [
-        f"missing: {name} {shape}" for name, shape in expected.items() if name not in arrays
-    ]
+    problems = [f"missing: {name}" for name in expected if name not in arrays]
     problems += [
         f"unexpected: {name} {array.shape}"
         for name, array in arrays.items()
@@ -78,7 +77,7 @@ def _check_names(entries: list[Entry], arrays: Mapping[str, np.ndarray]) -> None
     problems += [
         f"misshapen: {name} is {arrays[name].shape}, must be {shape}"
         for name, shape in expected.items()
-        if name in arrays and arrays[name].shape != shape
+        if name in arrays and arrays[name].shape != shape and _UNKNOWN not in shape
     ]
     if problems:
         raise ValueError("the state dict does not fit the module; " + "; ".join(problems) + ".")
@@ -179,12 +178,7 @@ def _vector(path: tuple[str, ...], name: str, size: int) -> Entry:
 def _channels(arrays: Mapping[str, np.ndarray], name: str, axis: int) -> int:
     """The input's channels, which a Flax module learns from its input, read off a weight."""
     array = arrays.get(name)
-    if array is None or array.ndim <= axis:
-        raise ValueError(
-            f"the state dict does not fit the module; missing: {name}, or it has no axis {axis}; "
-            f"it has {', '.join(sorted(arrays)) or 'no entries'}."
-        )
-    return int(array.shape[axis])
+    return _UNKNOWN if array is None or array.ndim <= axis else int(array.shape[axis])
 
 
 _TABLES_OF_DRCONV = {"pooled": _drconv_pooled, "experts": _drconv_experts}
