@@ -208,6 +208,17 @@ def test_empty_regions_and_one_that_takes_all(implementation):
     assert not dfilters[:, 0].any() and not dfilters[:, 2].any() and dfilters[:, 1].all()
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+def test_nan_in_the_guide_gives_a_region_and_shows_in_its_gradient(implementation):
+    (x, filters, guide), kw, dy = draw(20)
+    guide = guide.at[0, 2, 3, 1].set(jnp.nan)
+    y, dx, dfilters, dguide = outputs_and_gradients(implementation, (x, filters, guide), kw, dy)
+    chex.assert_tree_all_finite((y, dx, dfilters))
+    assert jnp.isnan(dguide[0, 2, 3]).all() and jnp.isnan(dguide).sum() == 3
+    expected = region_conv(x, filters, jnp.nan_to_num(guide, nan=jnp.inf), **kw)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
 @few(8)
 @given(case=cases(regions=1))
 def test_one_region_is_a_convolution_per_sample(case):
