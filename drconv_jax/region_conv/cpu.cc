@@ -105,14 +105,20 @@ constexpr int64_t kPanelWidth = 64 / sizeof(T);
 // Stores a panel's first `width` columns.
 template <typename Isa, typename T>
 INLINE void Store(const typename Isa::template Panel<T>& panel, int64_t width, T* target) {
-  using Panel = typename Isa::template Panel<T>;
+  constexpr int64_t kWidth = 64 / sizeof(T);
+  if (width == kWidth) {
+    panel.Spill(target);
+    return;
+  }
+  T values[kWidth];
+  panel.Spill(values);
+  const T* source = values;
 #pragma GCC unroll 4
-  for (int i = 0; i < Panel::kRegisters; ++i, width -= Panel::kLanes, target += Panel::kLanes) {
-    if (width >= Panel::kLanes) {
-      std::memcpy(target, &panel.part[i], sizeof panel.part[i]);
-    } else {
-      for (int lane = 0; lane < Panel::kLanes - 1; ++lane)
-        if (lane < width) target[lane] = panel.part[i][lane];
+  for (int64_t size = kWidth / 2; size > 0; size /= 2) {  // a few moves of known size
+    if (width & size) {
+      std::memcpy(target, source, size * sizeof(T));
+      source += size;
+      target += size;
     }
   }
 }
@@ -336,24 +342,26 @@ INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const Weigh
   ahead = stepping;
 }
 
-// Calls body(R, rows, count) over `count` rows at most R at a time, R a compile-time number, in
-// blocks of about equal size. `rows` always has R entries, the last repeated where the block has
-// fewer; a row's arithmetic is the same whatever block it is in.
+// Calls body(R, rows, count) over `count` rows, R a compile-time number: whole blocks of kRows, then
+// one in the smallest of four sizes that holds the rest. `rows` always has R entries, the last
+// repeated where there are fewer; a row's arithmetic is the same whatever block it is in.
 template <typename Isa, typename Body>
 INLINE void Blocks(const int32_t* rows, int64_t count, const Body& body) {
   constexpr int kRows = Isa::kRows;
-  constexpr int kHalf = (kRows + 1) / 2;
-  for (int64_t left = (count + kRows - 1) / kRows; count > 0; --left) {
-    const int64_t size = (count + left - 1) / left;
-    int32_t padded[kRows];
-    for (int r = 0; r < kRows; ++r) padded[r] = rows[std::min<int64_t>(r, size - 1)];
-    if (size > kHalf) {
-      body(std::integral_constant<int, kRows>{}, padded, size);
-    } else {
-      body(std::integral_constant<int, kHalf>{}, padded, size);
-    }
-    rows += size;
-    count -= size;
+  constexpr int kSmall = (kRows + 3) / 4, kHalf = (kRows + 1) / 2, kLarge = (3 * kRows + 3) / 4;
+  for (; count >= kRows; rows += kRows, count -= kRows)
+    body(std::integral_constant<int, kRows>{}, rows, kRows);
+  if (count == 0) return;
+  int32_t padded[kRows];
+  for (int r = 0; r < kRows; ++r) padded[r] = rows[std::min<int64_t>(r, count - 1)];
+  if (count <= kSmall) {
+    body(std::integral_constant<int, kSmall>{}, padded, count);
+  } else if (count <= kHalf) {
+    body(std::integral_constant<int, kHalf>{}, padded, count);
+  } else if (count <= kLarge) {
+    body(std::integral_constant<int, kLarge>{}, padded, count);
+  } else {
+    body(std::integral_constant<int, kRows>{}, padded, count);
   }
 }
 
