@@ -27,6 +27,7 @@ class Case:
       kernel: taps a side.
       regions: each m that is timed.
       dtype: of the computation.
+      blocks: in the stages of a network.
     """
 
     level: Level
@@ -37,6 +38,7 @@ class Case:
     kernel: int = 1
     regions: tuple[int, ...] = (8,)
     dtype: DType = "float32"
+    blocks: tuple[int, int, int] = (2, 2, 2)
 
     @property
     def label(self) -> str:
@@ -128,7 +130,7 @@ def _smoke() -> list[Case]:
         square("op", tiny, regions=(2, 3)),
         square("op", tiny, 3, dtype="bfloat16", regions=(2,)),
         square("layer", tiny, regions=(2,)),
-        Case("network", 1, 16, 3, 2, regions=(2,)),
+        Case("network", 1, 16, 3, 2, regions=(2,), blocks=(1, 1, 1)),
     ]
 
 

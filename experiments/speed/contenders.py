@@ -98,7 +98,7 @@ def _network(case: Case, implementation: str | None, guide: Guide) -> Iterator[C
     convs += [(OURS["network"], m, functools.partial(drconv, regions=m)) for m in case.regions]
     for name, regions, conv in convs:
         model = ShuffleNetV2(
-            case.features, 0.5, (2, 2, 2), conv, stem_strides=(1, 2), dtype=jnp.dtype(case.dtype)
+            case.features, 0.5, case.blocks, conv, stem_strides=(1, 2), dtype=jnp.dtype(case.dtype)
         )
         variables = jax.jit(model.init)(jax.random.key(0), x)
         add = functools.partial(compiled, name, regions, standard=regions is None)

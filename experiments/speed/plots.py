@@ -33,7 +33,8 @@ def write(run_dir: pathlib.Path, results: Sequence[Result]) -> None:
 
 def _ratios(results: Sequence[Result], path: pathlib.Path) -> None:
     """Horizontal bars by shape: how many times as long as the best standard operation."""
-    by_name = {_name(case): case for case in reversed(_cases(results))}  # the first of a name wins
+    by_name = {_name(case): case for case in reversed(_cases(results))}
+    by_name = dict(reversed(by_name.items()))  # of one name, the first, in the order measured
     cases = list(by_name.values())
     names = list(dict.fromkeys(r.contender for r in results if not r.standard))
     bar = 0.8 / len(names)
@@ -48,15 +49,17 @@ def _ratios(results: Sequence[Result], path: pathlib.Path) -> None:
                 if (value := _ratio(results, case, name, direction)) is not None:
                     places.append(place + (i - (len(names) - 1) / 2) * bar)
                     values.append(value)
-            bars = ax.barh(places, values, bar * 0.92, label=name)
-            ax.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+            bars = ax.barh(places, [v - 1 for v in values], bar * 0.92, left=1, label=name)
+            ax.bar_label(bars, [f"{v:.3g}" for v in values], padding=2, fontsize=7)
         ax.axvline(1, color="black", linewidth=0.8)
         ax.set_xscale("log")
+        ax.xaxis.set_major_formatter("{x:g}")
+        ax.xaxis.set_minor_formatter("")
         ax.margins(x=0.12)
         ax.set_title(direction)
         ax.set_xlabel("time / best standard operation")
     axes[0].set_yticks(range(len(cases)), list(by_name))
-    axes[0].invert_yaxis()
+    axes[0].set_ylim(len(cases) - 0.5, -0.5)
     figure.suptitle(f"{_TITLES[results[0].case.level]}, against what it replaces")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.savefig(path, dpi=120)
@@ -102,6 +105,8 @@ def _sweep(results: Sequence[Result], case: Case, ax: Axes) -> None:
     ax.set_xscale("log", base=2)
     ax.set_xticks(case.regions, [str(m) for m in case.regions])
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("")
     ax.set_xlabel("m, regions")
     ax.set_ylabel("milliseconds")
     ax.set_title(f"{case.level} {_name(case)}", fontsize=9)
