@@ -42,7 +42,7 @@ class Arguments:
     suite: cases.Suite = "mark"
     """Which cases: the mark, the full sweep, batches for a GPU, or tiny ones to try the command."""
     rounds: int = 15
-    """Rounds, in each of which every contender of a case runs once."""
+    """Rounds, in each of which every contender of a case takes one turn."""
     select: str = ""
     """Only the cases whose label contains this, such as "op" or "14x14 116"."""
     implementation: str | None = None
@@ -94,6 +94,7 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
     timed = [case for case in chosen if case.level != "tpu"]
     results: list[Result] = []
     step_bytes: list[StepBytes] = []
+    peak: dict[cases.DType, float] = {}
     notes: list[str] = []
     if not contenders.torch_takes_part():
         notes.append("PyTorch is not installed, or not for this device: it takes no part.")
@@ -104,14 +105,11 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         # Compiling counts as much as the rounds.
         task = progress.add_task("", total=2 * arguments.rounds * len(timed) + len(chosen))
-        progress.update(task, description="matmul peak")
-        peak = {
-            dtype: measure.matmul_peak(dtype) for dtype in dict.fromkeys(c.dtype for c in timed)
-        }
         for case in timed:
             progress.update(task, description=case.label)
             if not console.is_terminal:
                 console.print(case.label, highlight=False)
+            peak[case.dtype] = max(peak.get(case.dtype, 0.0), measure.matmul_peak(case.dtype))
             results += _time(case, arguments, lambda n=1: progress.advance(task, n))  # type: ignore[misc]
             if case.level == "layer":
                 found = contenders.training_step_bytes(case, arguments.implementation)

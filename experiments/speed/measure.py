@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -16,7 +18,8 @@ DIRECTIONS: tuple[Direction, ...] = ("forward", "forward+backward")
 
 _SHARE = 2.0  # seconds that one contender may take of a case before it sits out further rounds
 _FEWEST = 3  # rounds that even a slow contender takes part in
-_SHORT = 0.05  # seconds; a shorter call is preceded by one untimed
+_TURN = 0.05  # seconds that the calls of a fast contender take in one round
+_CALLS = 5  # at most so many in one round
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,23 +91,41 @@ def time_rounds(
         shuffle(order)
         for i in order:
             if done < _FEWEST or sum(seconds[i]) < _SHARE:
-                seconds[i].append(_seconds_warm(contenders[i].run, seconds[i]))
+                seconds[i].append(_turn(contenders[i].run))
         tick()
     return [tuple(s) for s in seconds]
 
 
-def _seconds_warm(run: Callable[[], object], before: Sequence[float]) -> float:
-    """One call's time, its caches and threads not left as another contender's turn left them."""
-    if not before or before[-1] < _SHORT:
-        run()
+def _turn(run: Callable[[], object]) -> float:
+    """Seconds of a call: after one untimed, the median of those that fit a short turn.
+
+    Another contender's turn leaves caches, threads and allocator in a state of its own.
+    """
+    if (first := _seconds(run)) > _TURN:  # a long call hardly feels what was before it
+        return first
+    times: list[float] = []
+    while not times or (len(times) < _CALLS and sum(times) < _TURN):
+        times.append(_seconds(run))
+    return statistics.median(times)
+
+
+def _seconds(run: Callable[[], object]) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
 
 
-def matmul_peak(dtype: str) -> float:
-    """Multiply-adds per second of a large square matrix product, the best of some calls."""
-    n = 2048 if jax.default_backend() == "cpu" else 8192
+@functools.cache
+def _square_product(dtype: str) -> tuple[int, Contender]:
+    n = 1024 if jax.default_backend() == "cpu" else 8192
     a = jnp.ones((n, n), dtype)
-    product = compiled("peak", None, "forward", jnp.matmul, a, a)
-    return n**3 / min(_seconds_warm(product.run, ()) for _ in range(5))
+    return n**3, compiled("peak", None, "forward", jnp.matmul, a, a)
+
+
+def matmul_peak(dtype: str) -> float:
+    """Multiply-adds per second of a large square matrix product, the best of some calls.
+
+    Others on the machine can only lower it: ask several times and take the largest.
+    """
+    work, product = _square_product(dtype)
+    return work / min(_turn(product.run) for _ in range(3))

@@ -168,15 +168,15 @@ def _legend(measured: Measured, guide: str) -> str:
     }
     peaks = ", ".join(f"{dtype} {2e-9 * peak:.0f}" for dtype, peak in measured.peak.items())
     return (
-        "Medians over rounds in which every contender runs once, in an order drawn anew; a slow "
-        "one sits out the last rounds. A ratio is that of the medians to the case's best standard "
-        "operation (the faster of convolution and matrix product; nn.Conv for layers), its "
-        "quartiles those of the rounds' own ratios. Guide features of the region convolution are "
-        f"{features[guide]}. Forward+backward takes all gradients; for a network, those of "
-        "the training loss for the parameters, and its forward is inference. The matrix product's "
-        f"measured peak, in GFLOP/s: {peaks or 'not measured'}; `of peak` counts the standard "
-        "convolution's arithmetic, three times that for forward+backward. `temp` is XLA's memory "
-        "besides inputs and outputs."
+        "Medians over rounds in which every contender takes one turn (the median of up to five "
+        "warm calls), in an order drawn anew; a slow one sits out the last rounds. A ratio is that "
+        "of the medians to the case's best standard operation (the faster of convolution and "
+        "matrix product; nn.Conv for layers), its quartiles those of the rounds' own ratios. "
+        f"Guide features of the region convolution are {features[guide]}. Forward+backward takes "
+        "all gradients; for a network, those of the training loss for the parameters, and its "
+        "forward is inference. The matrix product's measured peak, in GFLOP/s: "
+        f"{peaks or 'not measured'}; `of peak` counts the standard convolution's arithmetic, three "
+        "times that for forward+backward. `temp` is XLA's memory besides inputs and outputs."
     )
 
 
