@@ -10,6 +10,7 @@ run's folder gets results.json, results.md and plots.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import pathlib
 import shlex
@@ -110,7 +111,7 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
             if not console.is_terminal:
                 console.print(case.label, highlight=False)
             peak[case.dtype] = max(peak.get(case.dtype, 0.0), measure.matmul_peak(case.dtype))
-            results += _time(case, arguments, lambda n=1: progress.advance(task, n))  # type: ignore[misc]
+            results += _time(case, arguments, functools.partial(progress.advance, task))
             if case.level == "layer":
                 found = contenders.training_step_bytes(case, arguments.implementation)
                 step_bytes += [StepBytes(case, *found)] if found else []
@@ -126,7 +127,10 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
 
 
 def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> list[Result]:
-    parties = contenders.contenders(case, arguments.implementation, arguments.guide)
+    try:
+        parties = contenders.contenders(case, arguments.implementation, arguments.guide)
+    except NotImplementedError as error:
+        raise UserError(f"--implementation: {error}") from None
     advance(arguments.rounds)
     seconds = measure.time_rounds(parties, arguments.rounds, lambda: advance(1))
     return [
