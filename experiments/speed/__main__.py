@@ -42,7 +42,7 @@ class Arguments:
 
     suite: cases.Suite = "mark"
     """Which cases: the mark, the full sweep, batches for a GPU, or tiny ones to try the command."""
-    rounds: int = 15
+    rounds: int = 11
     """Rounds, in each of which every contender of a case takes one turn."""
     select: str = ""
     """Only the cases whose label contains this, such as "op" or "14x14 116"."""
