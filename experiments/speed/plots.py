@@ -33,8 +33,9 @@ def write(run_dir: pathlib.Path, results: Sequence[Result]) -> None:
 
 def _ratios(results: Sequence[Result], path: pathlib.Path) -> None:
     """Horizontal bars by shape: how many times as long as the best standard operation."""
-    by_name = {_name(case): case for case in reversed(_cases(results))}
-    by_name = dict(reversed(by_name.items()))  # of one name, the first, in the order measured
+    by_name: dict[str, Case] = {}
+    for case in _cases(results):
+        by_name.setdefault(_name(case), case)
     cases = list(by_name.values())
     names = list(dict.fromkeys(r.contender for r in results if not r.standard))
     bar = 0.8 / len(names)
