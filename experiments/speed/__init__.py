@@ -1,0 +1,1 @@
+"""Measures the region convolution, the layer and a network against what they replace."""

@@ -1,0 +1,162 @@
+"""Measures the region convolution, the layer and a network against what they replace.
+
+Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sweep over shapes, m,
+kernel sizes, dtypes and batches; `--suite gpu` has batches for an accelerator. PyTorch takes part
+where it is installed (pip install 'drconv_jax[compare]'), and bytes on a TPU are counted where its
+compiler is (pip install libtpu); beside it JAX_PLATFORMS=cpu keeps JAX from looking for a TPU. The
+run's folder gets results.json, results.md and plots.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import pathlib
+import shlex
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import tyro
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from drconv_jax.region_conv import IMPLEMENTATIONS
+from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.speed import cases, contenders, measure, plots, report, tpu
+from experiments.speed.cases import Case
+from experiments.speed.results import Measured, Result, StepBytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Measures the region convolution, the layer and a network against what they replace."""
+
+    suite: cases.Suite = "mark"
+    """Which cases: the mark, the full sweep, batches for a GPU, or tiny ones to try the command."""
+    rounds: int = 11
+    """Rounds, in each of which every contender of a case takes one turn."""
+    select: str = ""
+    """Only the cases whose label contains this, such as "op" or "14x14 116"."""
+    implementation: str | None = None
+    """Of the region convolution; None is the automatic choice."""
+    guide: contenders.Guide = "random"
+    """Guide features: random ones use all regions equally, blocky ones are constant over squares
+    of 7 pixels (a layer, whose guide is its own, gets such an input)."""
+    run_dir: pathlib.Path | None = None
+    """Folder for this run, which must not hold one yet; default: runs/ and the time."""
+
+
+def main() -> None:
+    """The command."""
+    with exit_on_user_error():
+        run(tyro.cli(Arguments, prog="python -m experiments.speed", description=__doc__))
+
+
+def run(arguments: Arguments) -> None:
+    """Measures and reports."""
+    if arguments.rounds < 1:
+        raise UserError(f"--rounds must be at least 1, got {arguments.rounds}.")
+    if arguments.implementation not in (None, *IMPLEMENTATIONS):
+        raise UserError(
+            f"--implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
+            f'"{arguments.implementation}".'
+        )
+    chosen = cases.suite(arguments.suite, arguments.select)
+    run_dir = _new_folder(arguments)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=160)  # a file has room for whole rows
+    console.print(f"{len(chosen)} cases; run folder {run_dir}", highlight=False)
+    start = time.time()
+    measured = _measure(arguments, chosen, console)
+    about = {
+        "command": "python -m experiments.speed " + shlex.join(sys.argv[1:]),
+        "machine": report.machine(),
+        "guide": arguments.guide,
+        "seconds": time.time() - start,
+    }
+    report.write(run_dir, measured, about)
+    plots.write(run_dir, measured.results)
+    report.show(console, measured)
+    console.print(f"{about['seconds']:.0f} s; see {run_dir}", highlight=False)
+
+
+def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> Measured:
+    timed = [case for case in chosen if case.level != "tpu"]
+    results: list[Result] = []
+    step_bytes: list[StepBytes] = []
+    peak: dict[cases.DType, float] = {}
+    notes: list[str] = []
+    if not contenders.torch_takes_part():
+        notes.append("PyTorch is not installed, or not for this device: it takes no part.")
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+        TextColumn("left"), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=console, speed_estimate_period=600) as progress:
+        # Compiling counts as much as the rounds.
+        task = progress.add_task("", total=2 * arguments.rounds * len(timed) + len(chosen))
+        for case in timed:
+            progress.update(task, description=case.label)
+            if not console.is_terminal:
+                console.print(case.label, highlight=False)
+            peak[case.dtype] = max(peak.get(case.dtype, 0.0), measure.matmul_peak(case.dtype))
+            results += _time(case, arguments, functools.partial(progress.advance, task))
+            if case.level == "layer":
+                found = contenders.training_step_bytes(case, arguments.implementation)
+                step_bytes += [StepBytes(case, *found)] if found else []
+            progress.advance(task)
+            gc.collect()
+        on_tpu = []
+        for case in chosen:
+            if case.level == "tpu":
+                progress.update(task, description=case.label)
+                on_tpu += _count_bytes(case, notes)
+                progress.advance(task)
+    return Measured(results, peak, step_bytes, on_tpu, notes)
+
+
+def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> list[Result]:
+    try:
+        parties = contenders.contenders(case, arguments.implementation, arguments.guide)
+    except NotImplementedError as error:
+        raise UserError(f"--implementation: {error}") from None
+    advance(arguments.rounds)
+    seconds = measure.time_rounds(parties, arguments.rounds, lambda: advance(1))
+    return [
+        Result(case, c.name, c.regions, c.direction, c.standard, times, c.temporary_bytes)
+        for c, times in zip(parties, seconds, strict=True)
+    ]
+
+
+def _count_bytes(case: Case, notes: list[str]) -> list[tpu.Bytes]:
+    """By every implementation for TPUs, the best first; what fails is noted."""
+    if not tpu.available():
+        if (note := "libtpu is not installed: no bytes for TPU.") not in notes:
+            notes.append(note)
+        return []
+    outcomes = [tpu.measure(case, name) for name in tpu.implementations()]
+    notes += [outcome for outcome in outcomes if isinstance(outcome, str)]
+    return [outcome for outcome in outcomes if isinstance(outcome, tpu.Bytes)]
+
+
+def _new_folder(arguments: Arguments) -> pathlib.Path:
+    name = f"{arguments.suite}-{time.strftime('%Y%m%d-%H%M%S')}"
+    run_dir = arguments.run_dir or pathlib.Path("runs") / "speed" / name
+    if (run_dir / "results.json").exists():
+        raise UserError(f'--run-dir: "{run_dir}" holds a run already; name another folder.')
+    return run_dir
+
+
+if __name__ == "__main__":
+    main()

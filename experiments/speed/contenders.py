@@ -1,0 +1,202 @@
+"""Who takes part in a case: DRConv and what it replaces."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array
+
+from drconv_jax import DRConv
+from drconv_jax.models import ShuffleNetV2
+from drconv_jax.region_conv import region_conv
+from experiments.speed.cases import Case
+from experiments.speed.measure import DIRECTIONS, Contender, Direction, compiled, temporary_bytes
+
+Guide = Literal["random", "blocky"]
+OURS = {"op": "region_conv", "layer": "DRConv", "network": "DR-ShuffleNetV2"}
+TORCH_DRCONV = "PyTorch DRConv"
+
+_BLOCK = 7  # pixels a side over which a blocky guide is constant
+
+
+def contenders(case: Case, implementation: str | None, guide: Guide) -> list[Contender]:
+    """All that can take part here, compiled, in both directions."""
+    make = {"op": _op, "layer": _layer, "network": _network}[case.level]
+    return list(make(case, implementation, guide))
+
+
+def noise(seed: int, shape: tuple[int, ...], dtype: str, guide: Guide) -> Array:
+    """Normal values (batch, height, width, channels); blocky: constant over squares of pixels.
+
+    As guide features, random ones use all regions equally at every place.
+    """
+    rng = np.random.default_rng(seed)
+    if guide == "random":
+        return jnp.asarray(rng.normal(size=shape), dtype)
+    batch, height, width, channels = shape
+    coarse = rng.normal(size=(batch, -(-height // _BLOCK), -(-width // _BLOCK), channels))
+    fine = coarse.repeat(_BLOCK, axis=1).repeat(_BLOCK, axis=2)
+    return jnp.asarray(fine[:, :height, :width], dtype)
+
+
+def _op(case: Case, implementation: str | None, guide: Guide) -> Iterator[Contender]:
+    x, dy = _x_and_dy(case, guide)
+    kernel = _scaled(2, (case.kernel, case.kernel, case.in_features, case.features), case.dtype)
+    for direction in DIRECTIONS:
+        timed = functools.partial(_in_direction, direction=direction, dy=dy)
+        yield timed("convolution", None, _convolution, x, kernel, standard=True)
+        if case.kernel == 1:
+            yield timed("matmul", None, jnp.matmul, x, kernel[0, 0], standard=True)
+        for m in case.regions:
+            features = noise(3, (*x.shape[:3], m), "float32", guide)
+            filters = _scaled(4, (case.batch, m, *kernel.shape), case.dtype)
+            named = {OURS["op"]: implementation}
+            if len(case.regions) == 1:  # m times the work: it would take most of a sweep's time
+                named |= {"blocked": "blocked", "reference": "reference"}
+            for name, chosen in named.items():
+                op = functools.partial(region_conv, implementation=chosen)
+                yield timed(name, m, op, x, filters, features)
+
+
+def _layer(case: Case, implementation: str | None, guide: Guide) -> Iterator[Contender]:
+    x, dy = _x_and_dy(case, guide)
+    size = (case.kernel, case.kernel)
+    # As in the networks, where a batch norm follows, no layer has a bias.
+    layers: list[tuple[str, int | None, nn.Module]] = [
+        ("nn.Conv", None, nn.Conv(case.features, size, use_bias=False))
+    ]
+    for m in case.regions:
+        drconv = DRConv(case.features, size, m, use_bias=False, implementation=implementation)
+        layers.append((OURS["layer"], m, drconv))
+    for name, regions, layer in layers:
+        params = _cast(layer.init(jax.random.key(0), x), case.dtype)
+        for direction in DIRECTIONS:
+            yield _in_direction(
+                name, regions, layer.apply, params, x, direction=direction, dy=dy,
+                standard=name == "nn.Conv",
+            )  # fmt: skip
+    if torch_takes_part():
+        from experiments.speed import torch_drconv
+
+        yield from torch_drconv.contenders(case, np.asarray(x, np.float32), TORCH_DRCONV)
+
+
+def _network(case: Case, implementation: str | None, guide: Guide) -> Iterator[Contender]:
+    """Forward is inference; forward and backward is the training loss and its gradient."""
+    x = noise(0, (case.batch, case.size, case.size, case.in_features), case.dtype, guide)
+    labels = jnp.arange(case.batch) % case.features
+    drconv = functools.partial(DRConv, implementation=implementation)
+    convs: list[tuple[str, int | None, Any]] = [("ShuffleNetV2", None, nn.Conv)]
+    convs += [(OURS["network"], m, functools.partial(drconv, regions=m)) for m in case.regions]
+    for name, regions, conv in convs:
+        model = ShuffleNetV2(
+            case.features, 0.5, case.blocks, conv, stem_strides=(1, 2), dtype=jnp.dtype(case.dtype)
+        )
+        variables = jax.jit(model.init)(jax.random.key(0), x)
+        add = functools.partial(compiled, name, regions, standard=regions is None)
+        yield add("forward", model.apply, variables, x)
+
+        def loss(params: Any, stats: Any, x: Array, model: nn.Module = model) -> Any:
+            logits, updates = model.apply(
+                {"params": params, **stats}, x, train=True, mutable="batch_stats"
+            )
+            chosen = jax.nn.log_softmax(logits)[jnp.arange(case.batch), labels]
+            return -chosen.mean(), updates
+
+        params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
+        step = jax.value_and_grad(loss, has_aux=True)
+        yield add("forward+backward", step, params, stats, x)
+
+
+def training_step_bytes(case: Case, implementation: str | None) -> tuple[int, int, int] | None:
+    """Temporary memory of a layer's training step: DRConv's, nn.Conv's, and the filters' bytes.
+
+    The step is the mean square of the output as loss, gradients of parameters and input, and the
+    parameters' update. None where the platform does not tell.
+    """
+    shape = (case.batch, case.size, case.size, case.in_features)
+    x = jax.ShapeDtypeStruct(shape, jnp.dtype(case.dtype))
+    size, m = (case.kernel, case.kernel), case.regions[0]
+    found = []
+    for layer in (
+        DRConv(case.features, size, m, use_bias=False, implementation=implementation),
+        nn.Conv(case.features, size, use_bias=False),
+    ):
+
+        def step(params: Any, x: Array, layer: Any = layer) -> Any:
+            def loss(params: Any, x: Array) -> Array:
+                return jnp.square(layer.apply(params, x)).mean()
+
+            value, (dparams, dx) = jax.value_and_grad(loss, argnums=(0, 1))(params, x)
+            update = jax.tree.map(lambda p, d: p - jnp.asarray(0.1, p.dtype) * d, params, dparams)
+            return value, update, dx
+
+        params = jax.eval_shape(layer.init, jax.random.key(0), x)
+        found.append(temporary_bytes(jax.jit(step).lower(params, x).compile()))
+    ours, standard = found
+    if ours is None or standard is None:
+        return None
+    entries = case.batch * m * case.kernel**2 * case.in_features * case.features
+    return ours, standard, entries * jnp.dtype(case.dtype).itemsize
+
+
+def torch_takes_part() -> bool:
+    """Whether PyTorch is importable and computes on the same device as JAX."""
+    if importlib.util.find_spec("torch") is None:
+        return False
+    # PyTorch's idle threads would otherwise spin on the cores that its backward pass needs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    import torch
+
+    platform = jax.default_backend()
+    return platform == "cpu" or (platform == "gpu" and torch.cuda.is_available())
+
+
+def _in_direction(
+    name: str,
+    regions: int | None,
+    function: Callable[..., Any],
+    *args: Any,
+    direction: Direction,
+    dy: Array,
+    standard: bool = False,
+) -> Contender:
+    """`function`, or it and the gradients of all its arguments for the output's gradient dy."""
+    if direction == "forward":
+        return compiled(name, regions, direction, function, *args, standard=standard)
+
+    def both(dy: Array, *args: Any) -> Any:
+        y, pull = jax.vjp(function, *args)
+        return y, pull(dy)  # y is returned lest XLA leave the forward out
+
+    return compiled(name, regions, direction, both, dy, *args, standard=standard)
+
+
+def _convolution(x: Array, kernel: Array) -> Array:
+    return jax.lax.conv_general_dilated(
+        x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+
+
+def _x_and_dy(case: Case, guide: Guide) -> tuple[Array, Array]:
+    spatial = (case.batch, case.size, case.size)
+    x = noise(0, (*spatial, case.in_features), case.dtype, guide)
+    return x, noise(1, (*spatial, case.features), case.dtype, "random")
+
+
+def _scaled(seed: int, shape: tuple[int, ...], dtype: str) -> Array:
+    """Filters (..., height, width, in, out) that keep the variance of their input."""
+    values = np.random.default_rng(seed).standard_normal(shape, np.float32)
+    return jnp.asarray(values / np.prod(shape[-4:-1]) ** 0.5, dtype)
+
+
+def _cast(tree: Any, dtype: str) -> Any:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), tree)
