@@ -182,6 +182,28 @@ def _padding_pairs(
     return pairs  # type: ignore[return-value]
 
 
+def tap_views(
+    x: Shaped[Array, "batch *spatial channels"], window: Window
+) -> list[Shaped[Array, "batch *out_spatial channels"]]:
+    """What every output position reads under each tap of the kernel, tap by tap in row-major order.
+
+    Zeros stand where padding lies.
+    """
+    out = window.output_shape(x.shape[1:-1])
+    x = jax.lax.pad(
+        x,
+        jnp.zeros((), x.dtype),
+        [(0, 0, 0), *((low, high, 0) for low, high in window.padding), (0, 0, 0)],
+    )
+    strides = (1, *window.strides, 1)
+    views = []
+    for tap in np.ndindex(*window.kernel_size):
+        start = [offset * d for offset, d in zip(tap, window.dilation, strict=True)]
+        stop = [s + (n - 1) * t + 1 for s, n, t in zip(start, out, window.strides, strict=True)]
+        views.append(jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), strides))
+    return views
+
+
 def resize_nearest(
     values: Shaped[Array, "batch *spatial channels"], spatial: Sequence[int]
 ) -> Shaped[Array, "batch *resized channels"]:

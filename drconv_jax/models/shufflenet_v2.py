@@ -15,6 +15,8 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from drconv_jax import depthwise
+
 ConvFactory = Callable[..., nn.Module]
 
 # Table 5 of the paper: channels of stages 2, 3, 4 and of the last convolution.
@@ -183,6 +185,7 @@ def _depthwise(x: Array, strides: int, name: str, dtype: Dtype | None) -> Array:
         feature_group_count=channels,
         use_bias=False,
         dtype=dtype,
+        conv_general_dilated=depthwise.conv_general_dilated,
         name=name,
     )
     return convolution(x)
