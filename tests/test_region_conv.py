@@ -298,14 +298,41 @@ def test_remat_gives_the_same_gradients():
     chex.assert_trees_all_close(plain, remat, rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", ["reference", "blocked", None])
-def test_a_batch_sharded_over_eight_devices(implementation):
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel):
     assert len(jax.devices()) == 8
-    arguments, kw, dy = draw(15, batch=16)
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    sharded = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec("data")))
-    ours = outputs_and_gradients(implementation, sharded, kw, dy)
-    assert len(ours[0].sharding.device_set) == 8
+    arguments, kw, dy = draw(15, batch=16, kernel=kernel)
+    by_batch = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+
+    def run(dy, *arguments):
+        y, vjp = jax.vjp(
+            lambda *a: region_conv(*a, implementation=implementation, **kw), *arguments
+        )
+        return y, *vjp(dy)
+
+    sharded = jax.device_put((dy, *arguments), by_batch)
+    compiled = jax.jit(run).lower(*sharded).compile()
+    for collective in ("all-gather", "all-reduce", "all-to-all", "collective-permute"):
+        assert collective not in compiled.as_text()
+    ours = compiled(*sharded)
+    assert all(a.sharding.is_equivalent_to(by_batch, a.ndim) for a in ours)
+    assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
+
+
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+def test_inside_shard_map_with_its_types_checked(implementation):
+    arguments, kw, dy = draw(22, batch=8)
+    mesh, spec = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+
+    def run(dy, *arguments):
+        y, vjp = jax.vjp(
+            lambda *a: region_conv(*a, implementation=implementation, **kw), *arguments
+        )
+        return y, *vjp(dy)
+
+    mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True)
+    ours = jax.jit(mapped)(dy, *arguments)
     assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array
 
 from drconv_jax.region_conv import blocked, cpu
 from drconv_jax.region_conv.fused import Statics
+from drconv_jax.region_conv.sharding import varying_like
 
 
 def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
@@ -46,7 +47,7 @@ def _unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *
     """
     shapes = jax.eval_shape(exported, *args)
     results = _unless_exported_p.bind(*args, inside=inside, exported=exported)
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+    return varying_like(jax.tree.unflatten(jax.tree.structure(shapes), results), *args)
 
 
 def _lower_unless_exported(

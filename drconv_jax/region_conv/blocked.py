@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import tap_views
 from drconv_jax.region_conv.fused import Statics
+from drconv_jax.region_conv.sharding import varying_like
 
 
 def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
@@ -28,6 +29,7 @@ def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
 
     features_per_group = matrices.shape[-1]
     y = jnp.zeros((*chosen.shape, statics.groups, features_per_group), _wide(x))
+    y = varying_like(y, x, filters, index)
     y = jax.lax.fori_loop(0, filters.shape[1], add_region, y)
     return y.astype(x.dtype).reshape(*index.shape, filters.shape[-1])
 
@@ -54,7 +56,7 @@ def backward(
 
     dpatches, (dmatrices, scores) = jax.lax.scan(
         region_gradients,
-        jnp.zeros(patches.shape, _wide(x)),
+        varying_like(jnp.zeros(patches.shape, _wide(x)), x, filters, index, dy),
         jnp.arange(filters.shape[1], dtype=index.dtype),
     )
     (dx,) = to_input(dpatches.astype(x.dtype))

@@ -32,7 +32,6 @@ def available() -> bool:
                 jax.ffi.register_ffi_target(
                     name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
                 )
-                jax.ffi.register_ffi_target_as_batch_partitionable(name)
             return True
     return False
 

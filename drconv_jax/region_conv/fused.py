@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from drconv_jax.geometry import Window
 from drconv_jax.guide import region_index, softmax_vjp
+from drconv_jax.region_conv.sharding import per_shard
 
 
 @runtime_checkable
@@ -82,7 +83,7 @@ def fused(kernel: Kernel) -> RegionConv:
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def convolve(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
-        forward = _foldable(functools.partial(kernel.forward, statics))
+        forward = foldable(per_shard(functools.partial(kernel.forward, statics)))
         return forward(x, filters, region_index(guide_features))
 
     def convolve_forward(
@@ -95,7 +96,7 @@ def fused(kernel: Kernel) -> RegionConv:
         statics: Statics, residuals: tuple[Array, ...], dy: Array
     ) -> tuple[Array, Array, Array]:
         x, filters, guide_features, y = residuals
-        backward = _foldable(functools.partial(kernel.backward, statics))
+        backward = foldable(per_shard(functools.partial(kernel.backward, statics)))
         dx, dfilters, scores = backward(x, filters, region_index(guide_features), y, dy)
         return dx, dfilters, softmax_vjp(guide_features, scores)
 
@@ -115,7 +116,7 @@ def fused(kernel: Kernel) -> RegionConv:
     return region_conv
 
 
-def _foldable(function: Callable[..., Any]) -> Callable[..., Any]:
+def foldable(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` over arrays with a leading batch axis, into which `vmap` folds its own."""
     function = custom_vmap(function)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Window
 from drconv_jax.guide import guide_mask
+from drconv_jax.region_conv.fused import foldable
+from drconv_jax.region_conv.sharding import per_shard
 
 
 def reference(
@@ -19,6 +23,18 @@ def reference(
     precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "batch *out_spatial features"]:
     """Eq. 3-5 word for word, m times the work and the memory of one convolution."""
+
+    def select(x: Array, filters: Array, guide_features: Array) -> Array:
+        everywhere = _convolve_with_all(x, filters, window, groups, precision)
+        mask = guide_mask(guide_features).astype(x.dtype)
+        return jnp.einsum("bm...f,b...m->b...f", everywhere, mask)
+
+    return _sample_by_sample(select)(x, filters, guide_features)
+
+
+def _convolve_with_all(
+    x: Array, filters: Array, window: Window, groups: int, precision: jax.lax.PrecisionLike
+) -> Float[Array, "batch regions *out_spatial features"]:
     spatial = "DHW"[-len(window.strides) :]
 
     def convolve(sample: Array, filter: Array) -> Array:
@@ -33,6 +49,17 @@ def reference(
             precision=precision,
         )[0]
 
-    all_regions = jax.vmap(jax.vmap(convolve, (None, 0)))(x, filters)
-    mask = guide_mask(guide_features).astype(x.dtype)
-    return jnp.einsum("bm...f,b...m->b...f", all_regions, mask)
+    return jax.vmap(jax.vmap(convolve, (None, 0)))(x, filters)
+
+
+def _sample_by_sample(function: Callable[..., Array]) -> Callable[..., Array]:
+    """`function` with JAX's own gradient, kept on each device's samples in both directions."""
+    differentiable = jax.custom_vjp(lambda *args: foldable(per_shard(function))(*args))
+
+    def backward(args: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
+        pull = lambda dy, *args: jax.vjp(function, *args)[1](dy)  # noqa: E731
+        gradients: tuple[Array, ...] = foldable(per_shard(pull))(dy, *args)
+        return gradients
+
+    differentiable.defvjp(lambda *args: (differentiable(*args), args), backward)
+    return differentiable
