@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -170,7 +171,8 @@ def _call(
     tiles = pl.cdiv(positions, tile)
     moved, held = 0, sum(_padded_bytes(shape, 4) for shape in scratch)
     specs = []
-    for array in (*inputs, *outputs):
+    arrays: list[Any] = [*inputs, *outputs]
+    for array in arrays:
         whole = array.ndim == 5
         block = array.shape[1:] if whole else (*array.shape[1:-1], tile)
         fetched = _padded_bytes(block, array.dtype.itemsize)
@@ -179,8 +181,8 @@ def _call(
         specs.append(pl.BlockSpec((None, *block), functools.partial(_place, array.ndim, whole)))
     if held > _VMEM:
         raise NotImplementedError(
-            f'implementation "pallas" holds the filters of a sample in the memory of a TPU\'s core: '
-            f"they and a tile of positions take {held >> 20} MiB, at most {_VMEM >> 20} can be had."
+            f'implementation "pallas" holds all filters of a sample in a TPU\'s VMEM: they take '
+            f"{held >> 20} MiB with a tile of positions, of the {_VMEM >> 20} there are."
         )
     return pl.pallas_call(
         kernel,
@@ -217,10 +219,10 @@ def _positions_first(values: Array) -> Array:
     return jnp.transpose(values, (0, 3, 1, 2))
 
 
-def _for_each(count: int) -> Any:
+def _for_each(count: int) -> Callable[[Callable[[Array], None]], None]:
     """Decorates a body that is run at once for every integer below `count`."""
 
-    def run(body: Any) -> None:
+    def run(body: Callable[[Array], None]) -> None:
         jax.lax.fori_loop(0, count, lambda i, _: body(i), None)
 
     return run

@@ -1,4 +1,4 @@
-"""A convolution as products: what every output position reads, and the matrices to multiply it by."""
+"""A convolution as products: what every output position reads, times matrices."""
 
 from __future__ import annotations
 
