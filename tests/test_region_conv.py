@@ -18,6 +18,7 @@ from drconv_jax.region_conv import IMPLEMENTATIONS, cpu
 FAST = [
     name for name in IMPLEMENTATIONS if name != "reference" and (name != "cpu" or cpu.available())
 ]
+FLOAT64 = [name for name in FAST if name != "pallas"]
 
 
 def test_the_native_kernel_was_built():
@@ -95,7 +96,7 @@ def test_the_definition_against_a_loop_over_positions():
         np.testing.assert_allclose(y[b, i, j], np.concatenate(halves), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("implementation", ["reference", *FLOAT64, None])
 def test_guide_gradient_by_hand(implementation):
     """Eq. 7-8 written out with loops, in float64."""
     with jax.enable_x64(True):
@@ -115,7 +116,7 @@ def test_guide_gradient_by_hand(implementation):
         np.testing.assert_allclose(dfilters[0], expected_dfilters, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("implementation", FAST)
+@pytest.mark.parametrize("implementation", FLOAT64)
 def test_gradients_of_input_and_filters_by_finite_differences(implementation, no_shape_checks):
     with jax.enable_x64(True):
         (x, filters, guide), kw, _ = draw(2, size=4, strides=2, dtype=np.float64)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Padding, window_of
-from drconv_jax.region_conv import automatic, blocked, cpu
+from drconv_jax.region_conv import automatic, blocked, cpu, pallas
 from drconv_jax.region_conv.fused import RegionConv, fused
 from drconv_jax.region_conv.reference import reference
 
@@ -22,6 +22,7 @@ IMPLEMENTATIONS: Mapping[str, RegionConv] = {
     "reference": reference,
     "blocked": fused(blocked),
     "cpu": fused(cpu),
+    "pallas": fused(pallas),
 }
 _AUTOMATIC = fused(automatic)
 
@@ -53,7 +54,8 @@ def region_conv(
         `flax.linen.Conv`.
       implementation: a name, or names to try in turn (one that does not do what is asked passes
         it on to the next), or None to choose by platform. "reference" is the definition; "blocked"
-        is pure XLA and runs everywhere; "cpu" is a native kernel for CPUs, None's choice there.
+        is pure XLA and runs everywhere; "cpu" is a native kernel for CPUs, None's choice there;
+        "pallas" is made of fused kernels for TPU and GPU, interpreted (slowly) on a CPU.
 
     Returns:
       The output in the dtype of x.

@@ -9,18 +9,18 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.geometry import tap_views
 from drconv_jax.region_conv.fused import Statics
+from drconv_jax.region_conv.products import matrices_of, patches_of
 from drconv_jax.region_conv.sharding import varying_like
 
 
 def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
     """See `fused.Kernel.forward`."""
-    patches = _patches(x, statics)
-    matrices = _matrices(filters, statics.groups)
+    patches = patches_of(x, statics)
+    matrices = matrices_of(filters, statics.groups)
     chosen = index.reshape(index.shape[0], math.prod(index.shape[1:]))
 
     def add_region(region: Array, y: Array) -> Array:
@@ -38,8 +38,8 @@ def backward(
     statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
-    patches, to_input = jax.vjp(lambda x: _patches(x, statics), x)
-    matrices, to_filters = jax.vjp(lambda w: _matrices(w, statics.groups), filters)
+    patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
+    matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     chosen = index.reshape(index.shape[0], math.prod(index.shape[1:]))
     dy = dy.reshape(*chosen.shape, statics.groups, dy.shape[-1] // statics.groups)
 
@@ -62,27 +62,6 @@ def backward(
     (dx,) = to_input(dpatches.astype(x.dtype))
     (dfilters,) = to_filters(jnp.moveaxis(dmatrices, 0, 1))
     return dx, dfilters, jnp.moveaxis(scores, 0, -1).reshape(*index.shape, filters.shape[1])
-
-
-def _patches(x: Array, statics: Statics) -> Float[Array, "batch positions groups taps_in"]:
-    """Every output position's window, group by group; for a pointwise window x itself."""
-    window, groups = statics.window, statics.groups
-    batch, *spatial, channels = x.shape
-    if window.is_pointwise:
-        return x.reshape(batch, math.prod(spatial), groups, channels // groups)
-    taps = tap_views(x, window)
-    stacked = jnp.stack(taps, axis=-2).reshape(
-        batch, math.prod(taps[0].shape[1:-1]), len(taps), groups, channels // groups
-    )
-    rows = len(taps) * channels // groups
-    return jnp.moveaxis(stacked, -2, -3).reshape(batch, stacked.shape[1], groups, rows)
-
-
-def _matrices(filters: Array, groups: int) -> Float[Array, "batch regions groups taps_in features"]:
-    batch, regions, *kernel, in_per_group, features = filters.shape
-    rows = math.prod(kernel) * in_per_group
-    split = filters.reshape(batch, regions, rows, groups, features // groups)
-    return jnp.moveaxis(split, -2, 2)
 
 
 def _multiply(patches: Array, matrix: Array, statics: Statics) -> Array:

@@ -48,7 +48,7 @@ def per_shard(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def varying_like(values: Any, *like: Array) -> Any:
-    """`values`, typed as varying over the mesh axes of `shard_map` that any of `like` varies over."""
+    """`values`, typed as varying over the axes of `shard_map` that any of `like` varies over."""
     axes = frozenset[Any]().union(*(jax.typeof(a).manual_axis_type.varying for a in like))
 
     def cast(value: Array) -> Array:

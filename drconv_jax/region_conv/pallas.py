@@ -1,0 +1,65 @@
+"""Fused kernels for TPU and GPU: one pass over the positions, nothing with a factor m stored.
+
+Here the convolution becomes a product of windows with the filters of their regions; the kernels
+of `pallas_tpu` and `pallas_gpu` compute that product and its gradients. On a CPU the TPU's kernel
+is interpreted, which is slow and for tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from drconv_jax.region_conv import pallas_gpu, pallas_tpu
+from drconv_jax.region_conv.fused import Statics
+from drconv_jax.region_conv.products import matrices_of, patches_of
+
+
+def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+    """See `fused.Kernel.forward`."""
+    _check(x)
+    shape = (*index.shape, filters.shape[-1])
+    if math.prod(shape) * x.size == 0:
+        return jnp.zeros(shape, x.dtype)
+    patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
+    y = _by_platform("forward", statics, patches, matrices, _flat(index))
+    return y.reshape(shape)
+
+
+def backward(
+    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+) -> tuple[Array, Array, Array]:
+    """See `fused.Kernel.backward`."""
+    _check(x)
+    shape = (*index.shape, filters.shape[1])
+    if dy.size * x.size == 0:
+        return jnp.zeros_like(x), jnp.zeros_like(filters), jnp.zeros(shape, jnp.float32)
+    patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
+    matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
+    dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
+    dpatches, dmatrices, scores = _by_platform(
+        "backward", statics, patches, matrices, _flat(index), dy
+    )
+    return *to_input(dpatches), *to_filters(dmatrices), scores.reshape(shape)
+
+
+def _check(x: Array) -> None:
+    if x.dtype not in (jnp.float32, jnp.bfloat16):
+        raise NotImplementedError(f'implementation "pallas" does not do {x.dtype}.')
+
+
+def _flat(index: Array) -> Array:
+    return index.reshape(index.shape[0], math.prod(index.shape[1:]))
+
+
+def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
+    tpu = functools.partial(getattr(pallas_tpu, direction), statics.precision)
+    gpu = functools.partial(getattr(pallas_gpu, direction), statics.precision)
+    return jax.lax.platform_dependent(
+        *arrays, tpu=tpu, cuda=gpu, default=functools.partial(tpu, interpret=True)
+    )

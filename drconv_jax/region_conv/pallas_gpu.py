@@ -1,0 +1,205 @@
+"""The GPU's kernels (Triton): one program for every block of results."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float, Int
+
+_POSITIONS = 64
+_CHANNELS = 64
+
+
+def forward(
+    precision: Any,
+    patches: Float[Array, "batch positions groups taps_in"],
+    matrices: Float[Array, "batch regions groups taps_in features"],
+    index: Int[Array, "batch positions"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "batch positions groups features"]:
+    """y[p] = patches[p] @ matrices[index[p]] in every group."""
+    batch, positions, groups, _ = patches.shape
+    features = matrices.shape[-1]
+    y = _struct((batch, positions, groups, features), patches.dtype, patches)
+    grid = (batch, groups, pl.cdiv(positions, _POSITIONS), pl.cdiv(features, _block(features)))
+    return _call(_forward_kernel, grid, (patches, matrices, index), y, precision, interpret)
+
+
+def _forward_kernel(precision: Any, x: Any, matrices: Any, index: Any, y: Any) -> None:
+    """A block of positions by features: x W over the regions present among the positions."""
+    b, g, tile, f = (pl.program_id(axis) for axis in range(4))
+    regions, _, rows, features = matrices.shape[1:]
+    at, inside = _span(tile, _POSITIONS, x.shape[1])
+    columns, real_columns = _span(f, _block(features), features)
+    chosen = triton.load(index.at[b, at], mask=inside, other=-1)
+
+    def add_region(j: Array, total: Array) -> Array:
+        own = chosen == j
+
+        def add_rows(k: Array, total: Array) -> Array:
+            channels, real = _span(k, _block(rows), rows)
+            ours = _load(x.at[b, at, g, channels], own, real)
+            matrix = _load(matrices.at[b, j, g, channels, columns], real, real_columns)
+            return total + _dot(ours, matrix, precision)
+
+        def add(total: Array) -> Array:
+            return jax.lax.fori_loop(0, pl.cdiv(rows, _block(rows)), add_rows, total)
+
+        return jax.lax.cond(_any(own), add, lambda total: total, total)
+
+    zero = jnp.zeros((_POSITIONS, _block(features)), jnp.float32)
+    total = jax.lax.fori_loop(0, regions, add_region, zero)
+    _store(y.at[b, at, g, columns], total, inside, real_columns)
+
+
+def backward(
+    precision: Any,
+    patches: Float[Array, "batch positions groups taps_in"],
+    matrices: Float[Array, "batch regions groups taps_in features"],
+    index: Int[Array, "batch positions"],
+    dy: Float[Array, "batch positions groups features"],
+    *,
+    interpret: bool = False,
+) -> tuple[
+    Float[Array, "batch positions groups taps_in"],
+    Float[Array, "batch regions groups taps_in features"],
+    Float[Array, "batch positions regions"],
+]:
+    """The gradients of `forward`, and scores[p, j] = <dy[p], patches[p] @ matrices[j]>."""
+    batch, positions = index.shape
+    regions, groups, rows, features = matrices.shape[1:]
+    arguments = (patches, matrices, index, dy)
+    dpatches, scores = _call(
+        _positions_kernel,
+        (batch, pl.cdiv(positions, _POSITIONS), regions),
+        arguments,
+        (
+            _struct(patches.shape, patches.dtype, patches),
+            _struct((batch, regions, positions), jnp.float32, patches),
+        ),
+        precision,
+        interpret,
+    )
+    blocks = (pl.cdiv(rows, _block(rows)), pl.cdiv(features, _block(features)))
+    dmatrices = _call(
+        _matrices_kernel,
+        (batch, regions, groups, *blocks),
+        (patches, index, dy),
+        _struct(matrices.shape, matrices.dtype, patches),
+        precision,
+        interpret,
+    )
+    return dpatches, dmatrices, jnp.moveaxis(scores, 1, -1)
+
+
+def _positions_kernel(
+    precision: Any, x: Any, matrices: Any, index: Any, dy: Any, dx: Any, scores: Any
+) -> None:
+    """A block of positions and one region: dy W^T, its scores, and dx where it was chosen."""
+    b, tile, j = (pl.program_id(axis) for axis in range(3))
+    groups, rows, features = matrices.shape[2:]
+    at, inside = _span(tile, _POSITIONS, x.shape[1])
+    own = triton.load(index.at[b, at], mask=inside, other=-1) == j
+    blocks = jnp.int32(pl.cdiv(rows, _block(rows)))
+
+    def add_block(block: Array, score: Array) -> Array:
+        g, k = jax.lax.div(block, blocks), jax.lax.rem(block, blocks)
+        channels, real = _span(k, _block(rows), rows)
+
+        def add_columns(f: Array, total: Array) -> Array:
+            columns, real_columns = _span(f, _block(features), features)
+            ours = _load(dy.at[b, at, g, columns], inside, real_columns)
+            matrix = _load(matrices.at[b, j, g, channels, columns], real, real_columns)
+            return total + _dot(ours, matrix.T, precision)
+
+        product = jax.lax.fori_loop(
+            0,
+            pl.cdiv(features, _block(features)),
+            add_columns,
+            jnp.zeros((_POSITIONS, _block(rows)), jnp.float32),
+        )
+        _store(dx.at[b, at, g, channels], product, own, real)
+        here = _load(x.at[b, at, g, channels], inside, real)
+        return score + (product * here.astype(jnp.float32)).sum(axis=1)
+
+    zero = jnp.zeros((_POSITIONS,), jnp.float32)
+    score = jax.lax.fori_loop(0, groups * blocks, add_block, zero)
+    triton.store(scores.at[b, j, at], score, mask=inside)
+
+
+def _matrices_kernel(precision: Any, x: Any, index: Any, dy: Any, dmatrices: Any) -> None:
+    """A block of one region's filter: x^T dy over the positions that chose the region."""
+    b, j, g, k, f = (pl.program_id(axis) for axis in range(5))
+    rows, features = dmatrices.shape[-2:]
+    channels, real = _span(k, _block(rows), rows)
+    columns, real_columns = _span(f, _block(features), features)
+
+    def add_tile(tile: Array, total: Array) -> Array:
+        at, inside = _span(tile, _POSITIONS, x.shape[1])
+        own = triton.load(index.at[b, at], mask=inside, other=-1) == j
+
+        def add(total: Array) -> Array:
+            ours = _load(x.at[b, at, g, channels], own, real)
+            theirs = _load(dy.at[b, at, g, columns], own, real_columns)
+            return total + _dot(ours.T, theirs, precision)
+
+        return jax.lax.cond(_any(own), add, lambda total: total, total)
+
+    zero = jnp.zeros((_block(rows), _block(features)), jnp.float32)
+    total = jax.lax.fori_loop(0, pl.cdiv(x.shape[1], _POSITIONS), add_tile, zero)
+    _store(dmatrices.at[b, j, g, channels, columns], total, real, real_columns)
+
+
+def _call(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arrays: tuple[Array, ...],
+    results: Any,
+    precision: Any,
+    interpret: bool,
+) -> Any:
+    return pl.pallas_call(
+        functools.partial(kernel, precision),
+        out_shape=results,
+        grid=grid,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
+        interpret=interpret,
+    )(*arrays)
+
+
+def _struct(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
+    """A result that varies over the same axes of a `shard_map` as `like` does."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def _block(channels: int) -> int:
+    """How many channels a program takes at once: a power of two that a product can have."""
+    return min(_CHANNELS, max(16, 2 ** math.ceil(math.log2(channels))))
+
+
+def _span(block: Array, size: int, end: int) -> tuple[Any, Array]:
+    """The slice of a block, and which of its entries lie before `end`."""
+    return pl.ds(block * size, size), block * size + jnp.arange(size, dtype=jnp.int32) < end
+
+
+def _load(ref: Any, rows: Array, columns: Array) -> Array:
+    return triton.load(ref, mask=rows[:, None] & columns[None, :], other=0)
+
+
+def _store(ref: Any, values: Array, rows: Array, columns: Array) -> None:
+    triton.store(ref, values.astype(ref.dtype), mask=rows[:, None] & columns[None, :])
+
+
+def _any(mask: Array) -> Array:
+    return mask.astype(jnp.int32).max() > 0
+
+
+def _dot(a: Array, b: Array, precision: Any) -> Array:
+    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)

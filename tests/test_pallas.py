@@ -1,0 +1,165 @@
+"""The Pallas kernels: interpreted here, compiled by the TPU's own compiler, lowered for CUDA."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from jax.experimental import topologies
+from jax.experimental.layout import Format, Layout
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from test_region_conv import assert_agree, cases, draw, few, outputs_and_gradients
+
+from drconv_jax import region_conv
+from drconv_jax.region_conv import pallas_gpu, pallas_tpu
+
+SHUFFLENET = [(28, 58), (14, 116), (7, 232)]
+op = functools.partial(region_conv, implementation="pallas")
+
+
+def with_gradients(x, filters, guide, dy, **kw):
+    y, vjp = jax.vjp(functools.partial(op, **kw), x, filters, guide)
+    return y, *vjp(dy)
+
+
+def agrees_with_the_definition(**case):
+    arguments, kw, dy = draw(**case)
+    expected = outputs_and_gradients("reference", arguments, kw, dy)
+    assert_agree(outputs_and_gradients("pallas", arguments, kw, dy), expected, 2e-6)
+
+
+def run_gpu_kernels(monkeypatch):
+    """Puts the GPU's kernels in the place of the TPU's, which are those interpreted on a CPU."""
+    monkeypatch.setattr(pallas_tpu, "forward", pallas_gpu.forward)
+    monkeypatch.setattr(pallas_tpu, "backward", pallas_gpu.backward)
+
+
+@few(4)
+@given(case=cases())
+def test_gpu_kernels_agree_with_the_definition(case):
+    with pytest.MonkeyPatch.context() as patch:
+        run_gpu_kernels(patch)
+        agrees_with_the_definition(**case)
+
+
+def test_gpu_kernels_over_several_blocks(monkeypatch):
+    run_gpu_kernels(monkeypatch)
+    agrees_with_the_definition(seed=30, kernel=1, channels=70, features=33, size=9, regions=4)
+
+
+def test_tiles_of_positions_with_a_ragged_last_one(monkeypatch):
+    monkeypatch.setattr(pallas_tpu, "_TILE", 16)
+    agrees_with_the_definition(seed=31, kernel=1, size=7, regions=4)
+    agrees_with_the_definition(seed=32, groups=2, size=7, regions=4)
+
+
+def test_what_is_not_done_is_passed_on():
+    (x, filters, guide), kw, _ = draw(33, kernel=1)
+    half = [a.astype(jnp.float16) for a in (x, filters)]
+    with pytest.raises(NotImplementedError, match="does not do float16"):
+        op(*half, guide, **kw)
+    wide = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 4096), (1, 8, 1, 4096, 4096))]
+    with pytest.raises(NotImplementedError, match="MiB"):
+        jax.eval_shape(op, *wide, jax.ShapeDtypeStruct((1, 4, 8), jnp.float32))
+
+
+def over_eight_devices(run, devices, check_vma):
+    data = PartitionSpec("data")
+    mesh = Mesh(np.array(devices), ("data",))
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=data, out_specs=data, check_vma=check_vma)
+    return jax.jit(sharded), NamedSharding(mesh, data)
+
+
+def test_shard_map():
+    arguments, kw, dy = draw(34, batch=8, kernel=1, size=3)
+    # Pallas' interpreter cannot check the varying axes of a kernel that loops; compilers can.
+    run, _ = over_eight_devices(functools.partial(with_gradients, **kw), jax.devices(), False)
+    assert_agree(run(*arguments, dy), outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("case", [dict(kernel=1, channels=33, size=11), dict(groups=2, strides=2)])
+def test_lowers_for_cuda(case, dtype):
+    arguments, kw, dy = draw(35, **case, dtype=dtype)
+    run = jax.jit(functools.partial(with_gradients, **kw))
+    text = run.trace(*arguments, dy).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("__gpu$xla.gpu.triton") == 3
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    """The devices of eight TPUs v5e, to compile for."""
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        # Compiling takes no TPU, so that other processes, such as another worker, may do it too.
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    return topology.devices
+
+
+@pytest.fixture
+def tpu(tpus):
+    return SingleDeviceSharding(tpus[0])
+
+
+def test_shard_map_on_tpu_needs_no_collective(tpus):
+    arguments, kw, dy = draw(34, batch=8, kernel=1, size=3)
+    run, sharding = over_eight_devices(functools.partial(with_gradients, **kw), tpus, True)
+    structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in (*arguments, dy)]
+    text = run.trace(*structs).lower().compile().as_text()
+    assert text.count('"tpu_custom_call"') == 2
+    assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all"))
+
+
+def compiled(function, sharding, *shapes, dtype=jnp.bfloat16):
+    """`function` compiled for arguments that lie row by row in memory where they have 6 axes.
+
+    Filters are what a layer computes, so the compiler puts them as their reader wants them; the
+    layout it gives to an argument from outside would add a copy that no layer makes.
+    """
+
+    def place(shape):
+        return Format(Layout(tuple(range(6))), sharding) if len(shape) == 6 else sharding
+
+    run = jax.jit(function, in_shardings=tuple(place(shape) for shape in shapes))
+    structs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return run.trace(*structs).lower(lowering_platforms=("tpu",)).compile()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    "size,channels,features,kernel,groups", [(13, 58, 30, 1, 1), (7, 20, 6, 3, 2), (37, 5, 3, 1, 1)]
+)
+def test_compiles_for_tpu(tpu, dtype, size, channels, features, kernel, groups):
+    run = functools.partial(with_gradients, feature_group_count=groups)
+    image = (4, size, size)
+    filters = (4, 33, kernel, kernel, channels // groups, features)
+    shapes = ((*image, channels), filters, (*image, 33), (*image, features))
+    assert compiled(run, tpu, *shapes, dtype=dtype).as_text().count('"tpu_custom_call"') == 2
+
+
+@pytest.mark.parametrize("size,channels", SHUFFLENET)
+def test_bytes_and_memory_on_tpu(tpu, size, channels):
+    """The mark: the fused forward moves at most twice what a 1x1 convolution must here."""
+
+    def plain(x, w):
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    image, pair = (128, size, size), (1, 1, channels, channels)
+    x, filters, guide = (*image, channels), (128, 8, *pair), (*image, 8)
+    bytes_of = lambda c: c.cost_analysis()["bytes accessed"]  # noqa: E731
+    allowed = bytes_of(compiled(plain, tpu, x, pair)) + 2 * (np.prod(filters) + np.prod(guide))
+    forward = compiled(op, tpu, x, filters, guide)
+    print(f"{size}x{size}x{channels}: {bytes_of(forward) / allowed:.3f}")
+    assert bytes_of(forward) <= 2 * allowed
+
+    all_regions = 8 * 2 * np.prod(x)
+    both = compiled(with_gradients, tpu, x, filters, guide, x)
+    assert forward.memory_analysis().temp_size_in_bytes < all_regions / 4
+    # Of the filters, which have a factor m themselves, a copy of each with its gradient may exist.
+    copies = 3 * 2 * np.prod(filters)
+    assert both.memory_analysis().temp_size_in_bytes < all_regions / 2 + copies
