@@ -56,16 +56,20 @@ def conv_general_dilated(
     Returns:
       The output, in the dtype of `lhs`.
     """
-    by_xla = functools.partial(
-        jax.lax.conv_general_dilated,
-        window_strides=window_strides,
-        padding=padding,
-        lhs_dilation=lhs_dilation,
-        rhs_dilation=rhs_dilation,
-        dimension_numbers=dimension_numbers,
-        feature_group_count=feature_group_count,
-        **options,
-    )
+
+    def by_xla(lhs: Array, rhs: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            **options,
+        )
+
     *kernel_size, in_per_group, features = rhs.shape
     depthwise = in_per_group == 1 and features == feature_group_count
     dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)

@@ -59,22 +59,23 @@ class DRConv(nn.Module):
 
     features: int
     kernel_size: int | Sequence[int] = (3, 3)
-    regions: int = 8
     strides: int | Sequence[int] | None = 1
     padding: Padding = "SAME"
     input_dilation: int | Sequence[int] | None = 1
     kernel_dilation: int | Sequence[int] | None = 1
     feature_group_count: int = 1
     use_bias: bool = True
-    guide_kernel_size: int | Sequence[int] | None = None
-    filter_generator: str = "pooled"
-    experts: int = 8
     dtype: Dtype | None = None
     param_dtype: Dtype = jnp.float32
     precision: PrecisionLike = None
     kernel_init: Initializer = nn.initializers.lecun_normal()
     bias_init: Initializer = nn.initializers.zeros_init()
     promote_dtype: Callable[..., Any] = promote_dtype
+    # What nn.Conv does not have stands last, so that positions mean here what they mean there.
+    regions: int = 8
+    guide_kernel_size: int | Sequence[int] | None = None
+    filter_generator: str = "pooled"
+    experts: int = 8
     implementation: str | Sequence[str] | None = None
 
     @nn.compact

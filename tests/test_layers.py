@@ -172,3 +172,9 @@ def test_shufflenet_learns_fixed_data_with_drconv(guide_regions):
 def test_bad_width():
     with pytest.raises(ValueError, match="width must be positive, got 0.0"):
         ShuffleNetV2(width=0.0).init(KEY, jnp.zeros((1, 32, 32, 3)))
+
+
+def test_a_third_position_is_strides_as_in_nn_conv():
+    x = jnp.ones((1, 6, 6, 4))
+    y = DRConv(5, (3, 3), 2).init_with_output(jax.random.key(0), x)[0]
+    assert y.shape == nn.Conv(5, (3, 3), 2).init_with_output(jax.random.key(0), x)[0].shape

@@ -1,4 +1,5 @@
 import functools
+import shutil
 
 import chex
 import jax
@@ -15,14 +16,35 @@ from drconv_jax import guide_mask, region_conv
 from drconv_jax.geometry import window_of
 from drconv_jax.region_conv import IMPLEMENTATIONS, cpu
 
-FAST = [
-    name for name in IMPLEMENTATIONS if name != "reference" and (name != "cpu" or cpu.available())
-]
+ALL = [name for name in IMPLEMENTATIONS if name != "cpu" or cpu.available()]
+FAST = [name for name in ALL if name != "reference"]
 FLOAT64 = [name for name in FAST if name != "pallas"]
 
 
+needs_kernel = pytest.mark.skipif(
+    not (cpu.available() or shutil.which("c++") or shutil.which("g++")),
+    reason="there is no C++ compiler",
+)
+
+
+@needs_kernel
 def test_the_native_kernel_was_built():
     assert cpu.available()
+
+
+def test_a_missing_kernel_is_said_once(monkeypatch):
+    arguments, kw, _ = draw(23, kernel=1)
+    monkeypatch.setattr(cpu, "_library", lambda: None)
+    cpu.available.cache_clear()
+    try:
+        with pytest.warns(UserWarning, match='without its native CPU kernel.*"blocked"') as said:
+            y = region_conv(*arguments, **kw)
+            region_conv(*arguments, **kw)
+        assert len(said) == 1
+    finally:
+        cpu.available.cache_clear()
+    expected = region_conv(*arguments, implementation="reference", **kw)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
 def draw(
@@ -134,7 +156,7 @@ def test_the_definition_is_the_mask_composed_with_a_dense_select():
         return (guide_mask(guide)[..., None] * everywhere).sum(-2)
 
     y, vjp = jax.vjp(composed, x, filters, guide)
-    for implementation in [*IMPLEMENTATIONS, None]:
+    for implementation in [*ALL, None]:
         ours = outputs_and_gradients(implementation, (x, filters, guide), kw, dy)
         assert_agree(ours, (y, *vjp(dy)), 1e-5)
 
@@ -199,7 +221,7 @@ def test_bfloat16_accumulates_in_float32(implementation):
         np.testing.assert_allclose(np.asarray(a, np.float32), b, rtol=2**-8, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("implementation", [*ALL, None])
 def test_empty_regions_and_one_that_takes_all(implementation):
     (x, filters, guide), kw, dy = draw(6)
     guide = guide.at[..., 1].add(100.0)
@@ -209,7 +231,7 @@ def test_empty_regions_and_one_that_takes_all(implementation):
     assert not dfilters[:, 0].any() and not dfilters[:, 2].any() and dfilters[:, 1].all()
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("implementation", [*ALL, None])
 def test_nan_in_the_guide_gives_a_region_and_shows_in_its_gradient(implementation):
     (x, filters, guide), kw, dy = draw(20)
     guide = guide.at[0, 2, 3, 1].set(jnp.nan)
@@ -299,7 +321,7 @@ def test_remat_gives_the_same_gradients():
     chex.assert_trees_all_close(plain, remat, rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+@pytest.mark.parametrize("implementation", [*ALL, None])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel):
     assert len(jax.devices()) == 8
@@ -321,7 +343,8 @@ def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel):
     assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
 
 
-@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, None])
+# Pallas' interpreter on a CPU knows no varying types; test_pallas.py compiles that for a TPU.
+@pytest.mark.parametrize("implementation", [*[name for name in ALL if name != "pallas"], None])
 def test_inside_shard_map_with_its_types_checked(implementation):
     arguments, kw, dy = draw(22, batch=8)
     mesh, spec = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
@@ -354,6 +377,7 @@ def test_zero_size_batch(implementation):
     assert y.shape == (0, 7, 7, 6)
 
 
+@needs_kernel
 def test_names_in_turn_fall_through(monkeypatch):
     (x, filters, guide), kw, _ = draw(18, kernel=1)
     half = [a.astype(jnp.float16) for a in (x, filters)]

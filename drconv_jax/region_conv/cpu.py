@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.machinery
 import pathlib
+import warnings
 from typing import Any
 
 import jax
@@ -23,17 +24,25 @@ _DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 
 @functools.cache
 def available() -> bool:
-    """Whether the package was built with its kernel; the first call loads it."""
+    """Whether the package was built with its kernel; the first call loads it, or warns."""
+    path = _library()
+    if path is None:
+        warnings.warn(
+            "drconv_jax was installed without its native CPU kernel, for want of a C++ compiler; "
+            'on CPUs it uses the slower implementation "blocked".',
+            stacklevel=2,
+        )
+        return False
+    library = ctypes.CDLL(str(path))
+    for name in (_FORWARD, _BACKWARD):
+        jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
+    return True
+
+
+def _library() -> pathlib.Path | None:
     here = pathlib.Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        if (path := here / f"_cpu{suffix}").exists():
-            library = ctypes.CDLL(str(path))
-            for name in (_FORWARD, _BACKWARD):
-                jax.ffi.register_ffi_target(
-                    name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu"
-                )
-            return True
-    return False
+    paths = (here / f"_cpu{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
 
 
 def does(dtype: jnp.dtype) -> bool:
