@@ -15,7 +15,6 @@ from test_region_conv import assert_agree, cases, draw, few, outputs_and_gradien
 from drconv_jax import region_conv
 from drconv_jax.region_conv import pallas_gpu, pallas_tpu
 
-SHUFFLENET = [(28, 58), (14, 116), (7, 232)]
 op = functools.partial(region_conv, implementation="pallas")
 
 
@@ -113,15 +112,16 @@ def test_shard_map_on_tpu_needs_no_collective(tpus):
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all"))
 
 
-def compiled(function, sharding, *shapes, dtype=jnp.bfloat16):
-    """`function` compiled for arguments that lie row by row in memory where they have 6 axes.
+def compiled(function, sharding, *shapes, dtype=jnp.bfloat16, row_major_filters=False):
+    """`function` compiled for arguments where the compiler puts them, or filters row by row.
 
-    Filters are what a layer computes, so the compiler puts them as their reader wants them; the
-    layout it gives to an argument from outside would add a copy that no layer makes.
+    The compiler lays the filters (6 axes) out with the batch innermost, which a product per sample
+    cannot read: they are copied first. Row by row they are read where they are.
     """
 
     def place(shape):
-        return Format(Layout(tuple(range(6))), sharding) if len(shape) == 6 else sharding
+        row_major = row_major_filters and len(shape) == 6
+        return Format(Layout(tuple(range(6))), sharding) if row_major else sharding
 
     run = jax.jit(function, in_shardings=tuple(place(shape) for shape in shapes))
     structs = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
@@ -140,9 +140,13 @@ def test_compiles_for_tpu(tpu, dtype, size, channels, features, kernel, groups):
     assert compiled(run, tpu, *shapes, dtype=dtype).as_text().count('"tpu_custom_call"') == 2
 
 
-@pytest.mark.parametrize("size,channels", SHUFFLENET)
-def test_bytes_and_memory_on_tpu(tpu, size, channels):
-    """The mark: the fused forward moves at most twice what a 1x1 convolution must here."""
+@pytest.mark.parametrize("size,channels,copying", [(28, 58, 1.95), (14, 116, 2.2), (7, 232, 3.1)])
+def test_bytes_and_memory_on_tpu(tpu, size, channels, copying):
+    """Bytes of the fused forward over those of a 1x1 convolution, the filters and the guide.
+
+    The mark is 2. It holds where the filters need no copy; `copying` is what was reached where
+    they do.
+    """
 
     def plain(x, w):
         return jax.lax.conv_general_dilated(
@@ -154,12 +158,14 @@ def test_bytes_and_memory_on_tpu(tpu, size, channels):
     bytes_of = lambda c: c.cost_analysis()["bytes accessed"]  # noqa: E731
     allowed = bytes_of(compiled(plain, tpu, x, pair)) + 2 * (np.prod(filters) + np.prod(guide))
     forward = compiled(op, tpu, x, filters, guide)
-    print(f"{size}x{size}x{channels}: {bytes_of(forward) / allowed:.3f}")
-    assert bytes_of(forward) <= 2 * allowed
+    in_place = compiled(op, tpu, x, filters, guide, row_major_filters=True)
+    ratios = [bytes_of(program) / allowed for program in (forward, in_place)]
+    print(f"{size}x{size}x{channels}: {ratios[0]:.3f}, filters in place {ratios[1]:.3f}")
+    assert ratios[0] <= copying and ratios[1] <= 2
 
     all_regions = 8 * 2 * np.prod(x)
     both = compiled(with_gradients, tpu, x, filters, guide, x)
-    assert forward.memory_analysis().temp_size_in_bytes < all_regions / 4
+    assert in_place.memory_analysis().temp_size_in_bytes < all_regions / 4
     # Of the filters, which have a factor m themselves, a copy of each with its gradient may exist.
     copies = 3 * 2 * np.prod(filters)
     assert both.memory_analysis().temp_size_in_bytes < all_regions / 2 + copies
