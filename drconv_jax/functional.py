@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
@@ -30,6 +31,7 @@ class Hyperparameters:
     The fields are those of `drconv_jax.DRConv`; `promote_dtype` takes a tuple of arrays, as nnx's.
 
     Raises:
+      TypeError: a field that counts is no integer.
       ValueError: a field is out of range.
     """
 
@@ -56,6 +58,8 @@ class Hyperparameters:
     def __post_init__(self) -> None:
         for name in ("features", "regions", "experts", "feature_group_count"):
             value = getattr(self, name)
+            if not isinstance(value, (int, np.integer)):
+                raise TypeError(f"{name} must be an integer, got {value!r}.")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
         if self.features % self.feature_group_count:
@@ -162,6 +166,7 @@ def apply(
       The output (*batch, *out_spatial, features) and the region index (*batch, *out_spatial).
 
     Raises:
+      TypeError: guide is not floating point.
       ValueError: x or guide has a shape that does not fit.
     """
     rank = len(hyper.kernel)
@@ -171,6 +176,8 @@ def apply(
             f"kernel_size={hyper.kernel_size}, got {x.shape}."
         )
     batch = x.shape[: -rank - 1]
+    if guide is not None and not jnp.issubdtype(guide.dtype, jnp.floating):
+        raise TypeError(f"guide must be floating point, got {guide.dtype}.")
     if guide is not None and (
         guide.ndim != x.ndim
         or guide.shape[-1] != hyper.regions

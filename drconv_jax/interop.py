@@ -75,12 +75,26 @@ def _check_names(entries: list[Entry], arrays: Mapping[str, np.ndarray]) -> None
         if name not in expected and not name.endswith("num_batches_tracked")
     ]
     problems += [
-        f"misshapen: {name} is {arrays[name].shape}, must be {shape}"
+        f"misshapen: {name} is {arrays[name].shape}, must be {_shown(shape)}"
         for name, shape in expected.items()
-        if name in arrays and arrays[name].shape != shape and _UNKNOWN not in shape
+        if name in arrays and not _fits(arrays[name].shape, shape)
     ]
     if problems:
         raise ValueError("the state dict does not fit the module; " + "; ".join(problems) + ".")
+
+
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    return len(shape) == len(expected) and all(
+        e in (_UNKNOWN, n) for n, e in zip(shape, expected, strict=True)
+    )
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return (
+        str(shape)
+        if _UNKNOWN not in shape
+        else "(" + ", ".join("any" if n == _UNKNOWN else str(n) for n in shape) + ")"
+    )
 
 
 def _drconv(layer: DRConv, arrays: Mapping[str, np.ndarray]) -> list[Entry]:

@@ -76,3 +76,10 @@ def test_without_the_weight_that_tells_the_channels():
 def test_an_unknown_module():
     with pytest.raises(TypeError, match="one of DRConv, got Dense"):
         import_torch(nn.Dense(3), {})
+
+
+def test_a_flat_weight_where_the_channels_are_told():
+    layer, _, params, _ = load("pooled_0.npz")
+    params["conv_kernel.1.weight"] = params["conv_kernel.1.weight"].reshape(-1)
+    with pytest.raises(ValueError, match=r"misshapen: conv_kernel.1.weight is .*, any, 1, 1\)"):
+        import_torch(layer, params)

@@ -178,3 +178,11 @@ def test_a_third_position_is_strides_as_in_nn_conv():
     x = jnp.ones((1, 6, 6, 4))
     y = DRConv(5, (3, 3), 2).init_with_output(jax.random.key(0), x)[0]
     assert y.shape == nn.Conv(5, (3, 3), 2).init_with_output(jax.random.key(0), x)[0].shape
+
+
+def test_counts_and_guides_of_another_type(no_shape_checks):
+    x = jnp.ones((1, 6, 6, 4))
+    with pytest.raises(TypeError, match=r"regions must be an integer, got 2\.5"):
+        DRConv(5, regions=2.5).init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match="guide must be floating point, got int32"):
+        DRConv(5).init(jax.random.key(0), x, guide=jnp.zeros((1, 6, 6, 8), jnp.int32))
