@@ -120,3 +120,54 @@ def test_no_image_can_be_read(tree):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no image of the test split"):
         data.load(f"folder:{tree}", 16)
+
+
+def test_broken_members_of_a_zip_are_skipped(tree, tmp_path, monkeypatch):
+    (tree / "train" / "dog" / "4.png").write_bytes(b"")
+    Image.new("RGB", (400, 400)).save(tree / "train" / "dog" / "5.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 5.png is a "decompression bomb"
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as target:
+        for file in sorted(tree.rglob("*.png")):
+            name = str(file.relative_to(tree))
+            deflated = name == "train/cat/1.png"
+            target.write(file, name, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
+        starts = {
+            info.filename: info.header_offset + 30 + len(info.filename)
+            for info in target.infolist()
+        }
+    content = bytearray(path.read_bytes())
+    content[starts["train/cat/0.png"] + 60] ^= 255  # a bad CRC
+    content[starts["train/cat/1.png"]] = 255  # a bad stream
+    for signature, name_at, flag_at in ((b"PK\x03\x04", 30, 6), (b"PK\x01\x02", 46, 8)):
+        name = b"train/cat/2.png"
+        at = content.index(name, 0 if name_at == 30 else content.index(b"PK\x01\x02")) - name_at
+        assert content[at : at + 4] == signature
+        content[at + flag_at] |= 1  # encrypted
+    path.write_bytes(content)
+    dataset = data.load(f"folder:{path}", 16)
+    broken = [line.split(":")[0] for line in dataset.skipped]
+    assert broken == [f"train/{x}.png" for x in ("cat/0", "cat/1", "cat/2", "dog/4", "dog/5")]
+    assert len(dataset.train.labels) == 7 and len(dataset.test.labels) == 12
+
+
+def test_a_file_that_cannot_be_read_is_skipped(tree):
+    path = tree / "train" / "cat" / "0.png"
+    whole = type(path).read_bytes
+
+    def read_bytes(self):
+        if self == path:
+            raise PermissionError("not yours")
+        return whole(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(path), "read_bytes", read_bytes)
+        dataset = data.load(f"folder:{tree}", 16)
+    assert dataset.skipped == ("train/cat/0.png: not yours",)
+
+
+def test_a_class_without_a_readable_image(tree):
+    for path in (tree / "val" / "dog").glob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match='no image of class "dog" in the test split'):
+        data.load(f"folder:{tree}", 16)
