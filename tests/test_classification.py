@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from experiments.classification.__main__ import ModelConfig
 from experiments.runtime import data
 from experiments.runtime.errors import UserError
+from experiments.runtime.loop import TrainConfig
 
 TINY = [
     "--model.blocks",
@@ -171,3 +173,35 @@ def test_a_class_without_a_readable_image(tree):
         path.write_bytes(b"broken")
     with pytest.raises(UserError, match='no image of class "dog" in the test split'):
         data.load(f"folder:{tree}", 16)
+
+
+@pytest.mark.parametrize(
+    "config,option,value",
+    [
+        (TrainConfig, "seed", -1),
+        (TrainConfig, "seed", 2**32),
+        (TrainConfig, "learning_rate", 0.0),
+        (TrainConfig, "learning_rate", float("nan")),
+        (TrainConfig, "learning_rate", float("inf")),
+        (TrainConfig, "warmup_epochs", -1.0),
+        (TrainConfig, "momentum", 1.0),
+        (TrainConfig, "weight_decay", -0.1),
+        (TrainConfig, "label_smoothing", 1.0),
+        (ModelConfig, "width", float("nan")),
+        (ModelConfig, "blocks", (1, 0, 1)),
+        (ModelConfig, "stem_strides", (0, 2)),
+        (ModelConfig, "regions", 0),
+    ],
+)
+def test_a_value_out_of_range(config, option, value):
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    group = "train" if config is TrainConfig else "model"
+    message = f"--{group}.{option.replace('_', '-')} must be .* got {shown}\\.$"
+    with pytest.raises(UserError, match=message):
+        config(**{option: value})
+
+
+def test_the_ends_of_the_ranges():
+    TrainConfig(seed=2**32 - 1, warmup_epochs=0, momentum=0, weight_decay=0, label_smoothing=0)
+    TrainConfig(seed=0)
+    ModelConfig(blocks=(1, 1, 1), stem_strides=(1, 1), regions=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 import time
@@ -48,6 +49,18 @@ class ModelConfig:
     """Whether the convolutions of a block share one guide, as in the released code."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
+
+    def __post_init__(self) -> None:
+        for name, within, allowed in (
+            ("width", 0 < self.width < math.inf, "positive and finite"),
+            ("blocks", min(self.blocks) >= 1, "at least 1 each"),
+            ("stem_strides", min(self.stem_strides) >= 1, "at least 1 each"),
+            ("regions", self.regions >= 1, "at least 1"),
+        ):
+            if not within:
+                option, value = name.replace("_", "-"), getattr(self, name)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--model.{option} must be {allowed}, got {shown}.")
 
     def build(self, num_classes: int) -> ShuffleNetV2:
         """The network for this many classes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -54,12 +55,19 @@ class TrainConfig:
     """Of initial values, order and augmentation."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--train.{name.replace('_', '-')} must be at least 1, got "
-                    f"{getattr(self, name)}."
-                )
+        for name, within, allowed in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive and finite"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0 and finite"),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
+            ("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"),
+        ):
+            if not within:
+                option = name.replace("_", "-")
+                raise UserError(f"--train.{option} must be {allowed}, got {getattr(self, name)}.")
 
 
 class TrainState(struct.PyTreeNode):
