@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from experiments.classification.__main__ import ModelConfig
+from experiments.classification.__main__ import ModelConfig, main
 from experiments.runtime import data
 from experiments.runtime.errors import UserError
 from experiments.runtime.loop import TrainConfig
@@ -205,3 +205,31 @@ def test_the_ends_of_the_ranges():
     TrainConfig(seed=2**32 - 1, warmup_epochs=0, momentum=0, weight_decay=0, label_smoothing=0)
     TrainConfig(seed=0)
     ModelConfig(blocks=(1, 1, 1), stem_strides=(1, 1), regions=1)
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["classification", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_a_run_folder_without_its_config(name, tmp_path, in_process):
+    (tmp_path / name).mkdir()
+    code, error = in_process("--run-dir", tmp_path, *TINY)
+    assert code == 2 and f"holds the {name} of a run without its config.json" in error
+
+
+def test_a_run_folder_that_is_a_file_or_cannot_be_made(tree, tmp_path, in_process):
+    (tmp_path / "file").write_text("mine")
+    code, error = in_process("--run-dir", tmp_path / "file", *TINY)
+    assert code == 2 and "is not a folder" in error
+    options = "--data", f"folder:{tree}", *TINY
+    code, error = in_process("--run-dir", tmp_path / "file" / "run", *options)
+    assert code == 2 and "cannot be written to: " in error
+    assert (tmp_path / "file").read_text() == "mine"

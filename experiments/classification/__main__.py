@@ -127,12 +127,17 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
     model = config.model.build(len(dataset.classes))
     try:
         jax.eval_shape(model.init, jax.random.key(0), dataset.test.images[:1].astype(np.float32))
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(f"--model: {error}") from None
     steps_per_epoch(dataset, config.train)
-    run_dir.mkdir(parents=True, exist_ok=True)
     config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (run_dir / "config.json").write_text(config_text, encoding="utf-8")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.json").write_text(config_text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(
+            f'--run-dir: "{run_dir}" cannot be written to: {error.strerror or error}.'
+        ) from None
     print(
         f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images in "
         f"{len(dataset.classes)} classes; run folder {run_dir}"
@@ -160,11 +165,19 @@ def _new_folder(arguments: Arguments) -> pathlib.Path:
     config = arguments.config
     name = f"{config.model.conv}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = arguments.run_dir or pathlib.Path("runs") / "classification" / name
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f'--run-dir: "{run_dir}" is not a folder; name another.')
     if (run_dir / "config.json").exists():
         raise UserError(
             f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, or '
             "name another folder."
         )
+    for name in ("checkpoints", "metrics.jsonl"):
+        if (run_dir / name).exists():
+            raise UserError(
+                f'--run-dir: "{run_dir}" holds the {name} of a run without its config.json; name '
+                "another folder."
+            )
     return run_dir
 
 
@@ -181,7 +194,7 @@ def _resumed_config(arguments: Arguments) -> Config:
         return Config(
             model=ModelConfig(**model), train=TrainConfig(**values.pop("train")), **values
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f'--resume: "{path}" is not the config of a run of this version: {error}.'
         ) from None
