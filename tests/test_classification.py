@@ -3,13 +3,17 @@ import subprocess
 import sys
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
 
 from experiments.classification.__main__ import ModelConfig, main
-from experiments.runtime import data
+from experiments.runtime import data, loop
 from experiments.runtime.errors import UserError
+from experiments.runtime.files import replacing
 from experiments.runtime.loop import TrainConfig
 
 TINY = [
@@ -233,3 +237,47 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_made(tree, tmp_path, in_proces
     code, error = in_process("--run-dir", tmp_path / "file" / "run", *options)
     assert code == 2 and "cannot be written to: " in error
     assert (tmp_path / "file").read_text() == "mine"
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dense(2)(jnp.mean(x, (1, 2)))
+
+
+@pytest.fixture
+def standard_promotion():  # optax's
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("kept", ["first and a half", "nothing", "no file"])
+def test_resuming_with_lost_metrics(kept, tree, tmp_path):
+    dataset = data.load(f"folder:{tree}", 8)
+    config = TrainConfig(epochs=2, batch_size=4, augment=False)
+    _, whole = loop.train(Linear(), dataset, config, tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    text = path.read_text()
+    if kept == "no file":
+        path.unlink()
+    else:
+        path.write_text(text[: text.index("\n") + 20] if kept != "nothing" else "")
+    _, resumed = loop.train(Linear(), dataset, config, tmp_path)
+    assert resumed["epoch"] == 2 and resumed["test_accuracy"] == whole["test_accuracy"]
+    rows = [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
+    assert rows == ([1, 2] if kept == "first and a half" else [2])
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("old")
+
+    def stopped():
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]

@@ -26,6 +26,7 @@ from drconv_jax import DRConv, viz
 from drconv_jax.models import ShuffleNetV2
 from experiments.runtime import data
 from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime.files import replacing, write_text
 from experiments.runtime.loop import TrainConfig, TrainState, normalize, steps_per_epoch, train
 
 
@@ -133,7 +134,7 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
     config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.json").write_text(config_text, encoding="utf-8")
+        write_text(run_dir / "config.json", config_text)
     except OSError as error:
         raise UserError(
             f'--run-dir: "{run_dir}" cannot be written to: {error.strerror or error}.'
@@ -153,7 +154,7 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
     }
     if config.model.conv == "drconv":
         _draw_guide_masks(model, state, dataset, config.model.regions, run_dir)
-    (run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"test accuracy {metrics['test_accuracy']:.4f} after {metrics['epoch']} epochs, "
         f"{report['parameters']:,} parameters, {len(dataset.skipped)} images skipped; "
@@ -211,13 +212,14 @@ def _draw_guide_masks(
         train=False,
         mutable="intermediates",
     )
-    viz.save_guide_masks(
-        run_dir / "guide_masks.png",
-        images / 255,
-        viz.region_indices(intermediates["intermediates"]),
-        regions,
-        [dataset.classes[label] for label in labels],
-    )
+    with replacing(run_dir / "guide_masks.png") as temporary:
+        viz.save_guide_masks(
+            temporary,
+            images / 255,
+            viz.region_indices(intermediates["intermediates"]),
+            regions,
+            [dataset.classes[label] for label in labels],
+        )
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -29,6 +30,7 @@ from rich.progress import (
 from experiments.runtime.checkpoints import Checkpoints
 from experiments.runtime.data import Dataset, augment, batches
 from experiments.runtime.errors import UserError
+from experiments.runtime.files import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +124,9 @@ def train(
     eval_step = jax.jit(_eval_step(model))
     done = int(state.step) // steps
     metrics = _read_metrics(run_dir, done)
+    if done and (not metrics or metrics[-1]["epoch"] != done):  # its row was lost
+        scores = evaluate(eval_step, state, dataset, config.batch_size)
+        metrics.append({"epoch": done, "step": int(state.step), **scores})
     console = Console()
     _write_metrics(run_dir, metrics)
     with (
@@ -300,16 +305,16 @@ def _read_metrics(run_dir: pathlib.Path, epochs: int) -> list[dict[str, float]]:
     path = run_dir / "metrics.jsonl"
     if not epochs or not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["epoch"] <= epochs]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # a line cut short when the run was stopped
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and 1 <= row.get("epoch", 0) <= epochs]
 
 
 def _write_metrics(run_dir: pathlib.Path, rows: list[dict[str, float]]) -> None:
     """Drops rows that no checkpoint has seen, all at once or not at all."""
-    path = run_dir / "metrics.jsonl"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _progress(console: Console) -> Progress:
