@@ -1,3 +1,4 @@
+import io
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from PIL import Image
+from rich.console import Console
 
 from experiments.classification.__main__ import ModelConfig, main
 from experiments.runtime import data, loop
@@ -281,3 +283,14 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         stopped()
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_progress_line_fits_80_columns():
+    console = Console(width=80, file=io.StringIO())
+    progress = loop._progress(console)
+    shown = loop._shown(12.3456, 0.5, 12345.0)
+    progress.add_task("epoch 100/100", total=9000, completed=4000, shown=shown)
+    console.print(progress.get_renderable())
+    line = console.file.getvalue().rstrip("\n")
+    assert "\n" not in line and "\u2026" not in line
+    assert line.startswith("epoch 100/100") and shown in line and line.rstrip().endswith("left")

@@ -20,10 +20,8 @@ from flax import struct
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
@@ -148,7 +146,7 @@ def train(
                     sums += float(pending["loss"]), float(pending["accuracy"])
                     speed = number * config.batch_size / (time.perf_counter() - start)
                     loss, accuracy = sums / (number - 1)
-                    shown = f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:,.0f} images/s"
+                    shown = _shown(loss, accuracy, speed)
                     progress.update(
                         task,
                         advance=1,
@@ -317,14 +315,16 @@ def _write_metrics(run_dir: pathlib.Path, rows: list[dict[str, float]]) -> None:
     write_text(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
 
+def _shown(loss: float, accuracy: float, speed: float) -> str:
+    return f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:,.0f} img/s"
+
+
 def _progress(console: Console) -> Progress:
-    return Progress(
+    return Progress(  # within 80 columns
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=8),
         TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
     )
