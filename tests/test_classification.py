@@ -1,14 +1,22 @@
+import io
 import json
 import subprocess
 import sys
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen as nn
 from PIL import Image
+from rich.console import Console
 
-from experiments.runtime import data
+from experiments.classification.__main__ import ModelConfig, main
+from experiments.runtime import data, loop
 from experiments.runtime.errors import UserError
+from experiments.runtime.files import replacing
+from experiments.runtime.loop import TrainConfig
 
 TINY = [
     "--model.blocks",
@@ -120,3 +128,169 @@ def test_no_image_can_be_read(tree):
         path.write_bytes(b"")
     with pytest.raises(UserError, match="no image of the test split"):
         data.load(f"folder:{tree}", 16)
+
+
+def test_broken_members_of_a_zip_are_skipped(tree, tmp_path, monkeypatch):
+    (tree / "train" / "dog" / "4.png").write_bytes(b"")
+    Image.new("RGB", (400, 400)).save(tree / "train" / "dog" / "5.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # 5.png is a "decompression bomb"
+    path = tmp_path / "x.zip"
+    with zipfile.ZipFile(path, "w") as target:
+        for file in sorted(tree.rglob("*.png")):
+            name = str(file.relative_to(tree))
+            deflated = name == "train/cat/1.png"
+            target.write(file, name, zipfile.ZIP_DEFLATED if deflated else zipfile.ZIP_STORED)
+        starts = {
+            info.filename: info.header_offset + 30 + len(info.filename)
+            for info in target.infolist()
+        }
+    content = bytearray(path.read_bytes())
+    content[starts["train/cat/0.png"] + 60] ^= 255  # a bad CRC
+    content[starts["train/cat/1.png"]] = 255  # a bad stream
+    for signature, name_at, flag_at in ((b"PK\x03\x04", 30, 6), (b"PK\x01\x02", 46, 8)):
+        name = b"train/cat/2.png"
+        at = content.index(name, 0 if name_at == 30 else content.index(b"PK\x01\x02")) - name_at
+        assert content[at : at + 4] == signature
+        content[at + flag_at] |= 1  # encrypted
+    path.write_bytes(content)
+    dataset = data.load(f"folder:{path}", 16)
+    broken = [line.split(":")[0] for line in dataset.skipped]
+    assert broken == [f"train/{x}.png" for x in ("cat/0", "cat/1", "cat/2", "dog/4", "dog/5")]
+    assert len(dataset.train.labels) == 7 and len(dataset.test.labels) == 12
+
+
+def test_a_file_that_cannot_be_read_is_skipped(tree):
+    path = tree / "train" / "cat" / "0.png"
+    whole = type(path).read_bytes
+
+    def read_bytes(self):
+        if self == path:
+            raise PermissionError("not yours")
+        return whole(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(path), "read_bytes", read_bytes)
+        dataset = data.load(f"folder:{tree}", 16)
+    assert dataset.skipped == ("train/cat/0.png: not yours",)
+
+
+def test_a_class_without_a_readable_image(tree):
+    for path in (tree / "val" / "dog").glob("*.png"):
+        path.write_bytes(b"broken")
+    with pytest.raises(UserError, match='no image of class "dog" in the test split'):
+        data.load(f"folder:{tree}", 16)
+
+
+@pytest.mark.parametrize(
+    "config,option,value",
+    [
+        (TrainConfig, "seed", -1),
+        (TrainConfig, "seed", 2**32),
+        (TrainConfig, "learning_rate", 0.0),
+        (TrainConfig, "learning_rate", float("nan")),
+        (TrainConfig, "learning_rate", float("inf")),
+        (TrainConfig, "warmup_epochs", -1.0),
+        (TrainConfig, "momentum", 1.0),
+        (TrainConfig, "weight_decay", -0.1),
+        (TrainConfig, "label_smoothing", 1.0),
+        (ModelConfig, "width", float("nan")),
+        (ModelConfig, "blocks", (1, 0, 1)),
+        (ModelConfig, "stem_strides", (0, 2)),
+        (ModelConfig, "regions", 0),
+    ],
+)
+def test_a_value_out_of_range(config, option, value):
+    shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+    group = "train" if config is TrainConfig else "model"
+    message = f"--{group}.{option.replace('_', '-')} must be .* got {shown}\\.$"
+    with pytest.raises(UserError, match=message):
+        config(**{option: value})
+
+
+def test_the_ends_of_the_ranges():
+    TrainConfig(seed=2**32 - 1, warmup_epochs=0, momentum=0, weight_decay=0, label_smoothing=0)
+    TrainConfig(seed=0)
+    ModelConfig(blocks=(1, 1, 1), stem_strides=(1, 1), regions=1)
+
+
+@pytest.fixture
+def in_process(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["classification", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        return stop.value.code, capsys.readouterr().err
+
+    return call
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_a_run_folder_without_its_config(name, tmp_path, in_process):
+    (tmp_path / name).mkdir()
+    code, error = in_process("--run-dir", tmp_path, *TINY)
+    assert code == 2 and f"holds the {name} of a run without its config.json" in error
+
+
+def test_a_run_folder_that_is_a_file_or_cannot_be_made(tree, tmp_path, in_process):
+    (tmp_path / "file").write_text("mine")
+    code, error = in_process("--run-dir", tmp_path / "file", *TINY)
+    assert code == 2 and "is not a folder" in error
+    options = "--data", f"folder:{tree}", *TINY
+    code, error = in_process("--run-dir", tmp_path / "file" / "run", *options)
+    assert code == 2 and "cannot be written to: " in error
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+class Linear(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train):
+        return nn.Dense(2)(jnp.mean(x, (1, 2)))
+
+
+@pytest.fixture
+def standard_promotion():  # optax's
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.mark.usefixtures("standard_promotion")
+@pytest.mark.parametrize("kept", ["first and a half", "nothing", "no file"])
+def test_resuming_with_lost_metrics(kept, tree, tmp_path):
+    dataset = data.load(f"folder:{tree}", 8)
+    config = TrainConfig(epochs=2, batch_size=4, augment=False)
+    _, whole = loop.train(Linear(), dataset, config, tmp_path)
+    path = tmp_path / "metrics.jsonl"
+    text = path.read_text()
+    if kept == "no file":
+        path.unlink()
+    else:
+        path.write_text(text[: text.index("\n") + 20] if kept != "nothing" else "")
+    _, resumed = loop.train(Linear(), dataset, config, tmp_path)
+    assert resumed["epoch"] == 2 and resumed["test_accuracy"] == whole["test_accuracy"]
+    rows = [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
+    assert rows == ([1, 2] if kept == "first and a half" else [2])
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_text("old")
+
+    def stopped():
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_the_progress_line_fits_80_columns():
+    console = Console(width=80, file=io.StringIO())
+    progress = loop._progress(console)
+    shown = loop._shown(12.3456, 0.5, 12345.0)
+    progress.add_task("epoch 100/100", total=9000, completed=4000, shown=shown)
+    console.print(progress.get_renderable())
+    line = console.file.getvalue().rstrip("\n")
+    assert "\n" not in line and "\u2026" not in line
+    assert line.startswith("epoch 100/100") and shown in line and line.rstrip().endswith("left")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 import time
@@ -25,6 +26,7 @@ from drconv_jax import DRConv, viz
 from drconv_jax.models import ShuffleNetV2
 from experiments.runtime import data
 from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime.files import replacing, write_text
 from experiments.runtime.loop import TrainConfig, TrainState, normalize, steps_per_epoch, train
 
 
@@ -48,6 +50,18 @@ class ModelConfig:
     """Whether the convolutions of a block share one guide, as in the released code."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
+
+    def __post_init__(self) -> None:
+        for name, within, allowed in (
+            ("width", 0 < self.width < math.inf, "positive and finite"),
+            ("blocks", min(self.blocks) >= 1, "at least 1 each"),
+            ("stem_strides", min(self.stem_strides) >= 1, "at least 1 each"),
+            ("regions", self.regions >= 1, "at least 1"),
+        ):
+            if not within:
+                option, value = name.replace("_", "-"), getattr(self, name)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--model.{option} must be {allowed}, got {shown}.")
 
     def build(self, num_classes: int) -> ShuffleNetV2:
         """The network for this many classes."""
@@ -114,12 +128,17 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
     model = config.model.build(len(dataset.classes))
     try:
         jax.eval_shape(model.init, jax.random.key(0), dataset.test.images[:1].astype(np.float32))
-    except ValueError as error:
+    except (ValueError, ArithmeticError) as error:
         raise UserError(f"--model: {error}") from None
     steps_per_epoch(dataset, config.train)
-    run_dir.mkdir(parents=True, exist_ok=True)
     config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    (run_dir / "config.json").write_text(config_text, encoding="utf-8")
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_text(run_dir / "config.json", config_text)
+    except OSError as error:
+        raise UserError(
+            f'--run-dir: "{run_dir}" cannot be written to: {error.strerror or error}.'
+        ) from None
     print(
         f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images in "
         f"{len(dataset.classes)} classes; run folder {run_dir}"
@@ -135,7 +154,7 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
     }
     if config.model.conv == "drconv":
         _draw_guide_masks(model, state, dataset, config.model.regions, run_dir)
-    (run_dir / "report.json").write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"test accuracy {metrics['test_accuracy']:.4f} after {metrics['epoch']} epochs, "
         f"{report['parameters']:,} parameters, {len(dataset.skipped)} images skipped; "
@@ -147,11 +166,19 @@ def _new_folder(arguments: Arguments) -> pathlib.Path:
     config = arguments.config
     name = f"{config.model.conv}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = arguments.run_dir or pathlib.Path("runs") / "classification" / name
+    if run_dir.exists() and not run_dir.is_dir():
+        raise UserError(f'--run-dir: "{run_dir}" is not a folder; name another.')
     if (run_dir / "config.json").exists():
         raise UserError(
             f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, or '
             "name another folder."
         )
+    for name in ("checkpoints", "metrics.jsonl"):
+        if (run_dir / name).exists():
+            raise UserError(
+                f'--run-dir: "{run_dir}" holds the {name} of a run without its config.json; name '
+                "another folder."
+            )
     return run_dir
 
 
@@ -168,7 +195,7 @@ def _resumed_config(arguments: Arguments) -> Config:
         return Config(
             model=ModelConfig(**model), train=TrainConfig(**values.pop("train")), **values
         )
-    except (ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f'--resume: "{path}" is not the config of a run of this version: {error}.'
         ) from None
@@ -185,13 +212,14 @@ def _draw_guide_masks(
         train=False,
         mutable="intermediates",
     )
-    viz.save_guide_masks(
-        run_dir / "guide_masks.png",
-        images / 255,
-        viz.region_indices(intermediates["intermediates"]),
-        regions,
-        [dataset.classes[label] for label in labels],
-    )
+    with replacing(run_dir / "guide_masks.png") as temporary:
+        viz.save_guide_masks(
+            temporary,
+            images / 255,
+            viz.region_indices(intermediates["intermediates"]),
+            regions,
+            [dataset.classes[label] for label in labels],
+        )
 
 
 if __name__ == "__main__":

@@ -7,13 +7,14 @@ import dataclasses
 import io
 import os
 import pathlib
+import threading
 import zipfile
 from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
 from jaxtyping import Float, Int, UInt8
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from rich.progress import track
 
 from experiments.runtime.errors import UserError
@@ -128,12 +129,19 @@ def _folder(path: pathlib.Path, size: int) -> Dataset:
         names = sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file())
         return _tree(str(path), names, lambda name: (path / name).read_bytes(), size)
     try:
-        with zipfile.ZipFile(path) as archive:
-            return _tree(str(path), sorted(archive.namelist()), archive.read, size)
-    except zipfile.BadZipFile:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         raise UserError(
             f'--data: "{path}" is neither a folder nor a zip file that can be read.'
         ) from None
+    lock = threading.Lock()  # members are opened from several threads
+
+    def read(name: str) -> bytes:
+        with lock:
+            return archive.read(name)
+
+    with archive:
+        return _tree(str(path), sorted(archive.namelist()), read, size)
 
 
 def _tree(where: str, names: list[str], read: Callable[[str], bytes], size: int) -> Dataset:
@@ -184,22 +192,23 @@ def _decode(
     labels = np.array([classes.index(label) for label, _ in entries], np.int32)
     good = np.ones(len(entries), bool)
 
-    def decode(content: bytes) -> np.ndarray | str:
-        if not content:
-            return "the file is empty"
+    def decode(name: str) -> np.ndarray | str:
         try:
+            content = read(name)
+            if not content:
+                return "the file is empty"
             with Image.open(io.BytesIO(content)) as opened:
                 image = opened.convert("RGB")
                 if image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BILINEAR)
                 return np.asarray(image)
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # of any kind: one broken image never stops a run
             return str(error) or type(error).__name__
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        contents = (read(name) for _, name in entries)
+        names = [name for _, name in entries]
         decoded = track(
-            pool.map(decode, contents), f"reading {split} images", len(entries), transient=True
+            pool.map(decode, names), f"reading {split} images", len(entries), transient=True
         )
         for i, result in enumerate(decoded):
             if isinstance(result, str):
@@ -212,4 +221,10 @@ def _decode(
             f'--data: no image of the {split} split of "{where}" can be read; the first is '
             f"{skipped[-len(entries)]}."
         )
+    for i, label in enumerate(classes):
+        if i not in labels[good]:
+            raise UserError(
+                f'--data: no image of class "{label}" in the {split} split of "{where}" can be '
+                "read; mend its images or take the class out."
+            )
     return Split(images[good], labels[good])

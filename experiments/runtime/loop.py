@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -18,16 +20,15 @@ from flax import struct
 from rich.console import Console
 from rich.progress import (
     BarColumn,
-    MofNCompleteColumn,
     Progress,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
 
 from experiments.runtime.checkpoints import Checkpoints
 from experiments.runtime.data import Dataset, augment, batches
 from experiments.runtime.errors import UserError
+from experiments.runtime.files import write_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,19 @@ class TrainConfig:
     """Of initial values, order and augmentation."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(
-                    f"--train.{name.replace('_', '-')} must be at least 1, got "
-                    f"{getattr(self, name)}."
-                )
+        for name, within, allowed in (
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch_size", self.batch_size >= 1, "at least 1"),
+            ("learning_rate", 0 < self.learning_rate < math.inf, "positive and finite"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0 and finite"),
+            ("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
+            ("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"),
+        ):
+            if not within:
+                option = name.replace("_", "-")
+                raise UserError(f"--train.{option} must be {allowed}, got {getattr(self, name)}.")
 
 
 class TrainState(struct.PyTreeNode):
@@ -114,6 +122,9 @@ def train(
     eval_step = jax.jit(_eval_step(model))
     done = int(state.step) // steps
     metrics = _read_metrics(run_dir, done)
+    if done and (not metrics or metrics[-1]["epoch"] != done):  # its row was lost
+        scores = evaluate(eval_step, state, dataset, config.batch_size)
+        metrics.append({"epoch": done, "step": int(state.step), **scores})
     console = Console()
     _write_metrics(run_dir, metrics)
     with (
@@ -135,7 +146,7 @@ def train(
                     sums += float(pending["loss"]), float(pending["accuracy"])
                     speed = number * config.batch_size / (time.perf_counter() - start)
                     loss, accuracy = sums / (number - 1)
-                    shown = f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:,.0f} images/s"
+                    shown = _shown(loss, accuracy, speed)
                     progress.update(
                         task,
                         advance=1,
@@ -292,26 +303,28 @@ def _read_metrics(run_dir: pathlib.Path, epochs: int) -> list[dict[str, float]]:
     path = run_dir / "metrics.jsonl"
     if not epochs or not path.exists():
         return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if row["epoch"] <= epochs]
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError):  # a line cut short when the run was stopped
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict) and 1 <= row.get("epoch", 0) <= epochs]
 
 
 def _write_metrics(run_dir: pathlib.Path, rows: list[dict[str, float]]) -> None:
     """Drops rows that no checkpoint has seen, all at once or not at all."""
-    path = run_dir / "metrics.jsonl"
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    temporary.replace(path)
+    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _shown(loss: float, accuracy: float, speed: float) -> str:
+    return f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:,.0f} img/s"
 
 
 def _progress(console: Console) -> Progress:
-    return Progress(
+    return Progress(  # within 80 columns
         TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
+        BarColumn(bar_width=8),
         TextColumn("{task.fields[shown]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
         TimeRemainingColumn(),
+        TextColumn("left"),
         console=console,
     )
