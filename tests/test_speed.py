@@ -80,7 +80,7 @@ def test_the_pytorch_drconv_is_our_layer(kernel):
     torch.manual_seed(0)
     theirs = DRConv2d(5, 6, kernel, 3)
     state = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
-    ours = DRConv(6, (kernel, kernel), 3, use_bias=False)
+    ours = DRConv(6, (kernel, kernel), regions=3, use_bias=False)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 7, 4, 5), np.float32)
     dy = rng.standard_normal((2, 7, 4, 6), np.float32)

@@ -74,7 +74,9 @@ def _layer(case: Case, implementation: str | None, guide: Guide) -> Iterator[Con
         ("nn.Conv", None, nn.Conv(case.features, size, use_bias=False))
     ]
     for m in case.regions:
-        drconv = DRConv(case.features, size, m, use_bias=False, implementation=implementation)
+        drconv = DRConv(
+            case.features, size, regions=m, use_bias=False, implementation=implementation
+        )
         layers.append((OURS["layer"], m, drconv))
     for name, regions, layer in layers:
         params = _cast(layer.init(jax.random.key(0), x), case.dtype)
@@ -127,7 +129,7 @@ def training_step_bytes(case: Case, implementation: str | None) -> tuple[int, in
     size, m = (case.kernel, case.kernel), case.regions[0]
     found = []
     for layer in (
-        DRConv(case.features, size, m, use_bias=False, implementation=implementation),
+        DRConv(case.features, size, regions=m, use_bias=False, implementation=implementation),
         nn.Conv(case.features, size, use_bias=False),
     ):
 
