@@ -122,6 +122,11 @@ def window_of(
     strides = canonical_tuple("strides", strides, rank)
     input_dilation = canonical_tuple("input_dilation", input_dilation, rank)
     dilation = canonical_tuple("kernel_dilation", kernel_dilation, rank)
+    if isinstance(padding, str) and any(d > 1 for d in input_dilation):
+        raise ValueError(
+            f"padding must be integers or (low, high) pairs where input_dilation={input_dilation}, "
+            f"got {padding!r}."
+        )
     main_size = kernel_size if centred_on is None else tuple(centred_on)
     main = tuple((k - 1) * d + 1 for k, d in zip(main_size, dilation, strict=True))
     own = tuple((k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True))

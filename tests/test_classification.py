@@ -1,5 +1,7 @@
+import dataclasses
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,7 +14,7 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments.classification.__main__ import ModelConfig, main
+from experiments.classification.__main__ import Config, ModelConfig, main
 from experiments.runtime import data, loop
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import replacing
@@ -294,3 +296,22 @@ def test_the_progress_line_fits_80_columns():
     line = console.file.getvalue().rstrip("\n")
     assert "\n" not in line and "\u2026" not in line
     assert line.startswith("epoch 100/100") and shown in line and line.rstrip().endswith("left")
+
+
+def test_help_explains_every_option():
+    shown = command("--help")
+    assert shown.returncode == 0
+    text = " ".join(line.strip("│ ") for line in shown.stdout.splitlines())
+    explained = {}
+    for part in text.split("and exit")[1].split("(default:")[:-1]:
+        option, *_ = re.findall(r"--[a-z][a-z.-]+", part)
+        words = re.sub(r".*--[a-z.-]+ (\{\S+\}\S*|[A-Z]+ )*", "", part)
+        explained[option] = words.split()
+    names = [
+        f"--{prefix}{field.name.replace('_', '-')}"
+        for prefix, config in (("", Config), ("model.", ModelConfig), ("train.", TrainConfig))
+        for field in dataclasses.fields(config)
+        if field.name not in ("model", "train")
+    ]
+    assert set(explained) == {*names, "--run-dir", "--resume"}
+    assert all(len(words) >= 2 for words in explained.values())

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import drconv_jax
 from drconv_jax import DRConv
@@ -186,3 +187,68 @@ def test_counts_and_guides_of_another_type(no_shape_checks):
         DRConv(5, regions=2.5).init(jax.random.key(0), x)
     with pytest.raises(TypeError, match="guide must be floating point, got int32"):
         DRConv(5).init(jax.random.key(0), x, guide=jnp.zeros((1, 6, 6, 8), jnp.int32))
+
+
+GENERATORS = pytest.mark.parametrize("generator", ["pooled", "experts"])
+
+
+def layer_and_gradient(generator):
+    """Variables, and a function of (variables, x) that gives the output and all gradients."""
+    layer = DRConv(6, regions=3, filter_generator=generator)
+
+    def run(variables, x):
+        loss = lambda variables, x: (layer.apply(variables, x) ** 2).mean()  # noqa: E731
+        return layer.apply(variables, x), jax.grad(loss, (0, 1))(variables, x)
+
+    return layer, layer.init(KEY, X), run
+
+
+@GENERATORS
+def test_vmap_over_layers(generator):
+    layer, variables, run = layer_and_gradient(generator)
+    other = layer.init(jax.random.key(2), X)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), variables, other)
+    together = jax.jit(jax.vmap(run, (0, None)))(stacked, X)
+    for i, alone in enumerate((run(variables, X), run(other, X))):
+        ours = jax.tree.map(lambda leaf, i=i: leaf[i], together)
+        chex.assert_trees_all_close(ours, alone, rtol=1e-4, atol=1e-5)
+
+
+@GENERATORS
+def test_remat_of_the_layer(generator):
+    layer, variables, _ = layer_and_gradient(generator)
+    remat = nn.remat(DRConv)(6, regions=3, filter_generator=generator)
+
+    def gradient(layer):
+        return jax.jit(jax.grad(lambda v: jnp.sin(layer.apply(v, X)).sum()))(variables)
+
+    chex.assert_trees_all_close(gradient(remat), gradient(layer), rtol=1e-5, atol=1e-5)
+
+
+@GENERATORS
+def test_export_of_the_layer_for_all_platforms_and_any_batch_size(generator):
+    layer, variables, _ = layer_and_gradient(generator)
+    (batch,) = jax.export.symbolic_shape("b")
+    x = jax.ShapeDtypeStruct((batch, *X.shape[1:]), X.dtype)
+    shapes = jax.tree.map(lambda v: jax.ShapeDtypeStruct(v.shape, v.dtype), variables)
+    exported = jax.export.export(jax.jit(layer.apply), platforms=["cpu", "tpu", "cuda"])(shapes, x)
+    loaded = jax.export.deserialize(exported.serialize())
+    for count in (1, 2):
+        expected = layer.apply(variables, X[:count])
+        np.testing.assert_allclose(loaded.call(variables, X[:count]), expected, 1e-4, 1e-5)
+
+
+@GENERATORS
+def test_a_mesh_reduces_the_parameters_gradients_and_nothing_else(generator):
+    _, variables, run = layer_and_gradient(generator)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    by_batch, everywhere = (NamedSharding(mesh, PartitionSpec(*p)) for p in (("data",), ()))
+    x = jnp.tile(X, (8, 1, 1, 1))
+    placed = jax.device_put(variables, everywhere), jax.device_put(x, by_batch)
+    compiled = jax.jit(run, out_shardings=(by_batch, (everywhere, by_batch))).lower(*placed)
+    compiled = compiled.compile()
+    text = compiled.as_text()
+    assert "all-reduce" in text
+    for collective in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert collective not in text
+    chex.assert_trees_all_close(compiled(*placed), run(variables, x), rtol=1e-4, atol=1e-5)

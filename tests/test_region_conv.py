@@ -404,6 +404,7 @@ def test_names_in_turn_fall_through(monkeypatch):
         (dict(padding=(1, 1, 1)), ValueError, "padding must have one"),
         (dict(padding=1.5), TypeError, "got 1.5"),
         (dict(padding="CAUSAL"), ValueError, "1 spatial dimension"),
+        (dict(input_dilation=2), ValueError, r"input_dilation=\(2, 2\), got 'SAME'"),
         (dict(feature_group_count=4), ValueError, "divide features=6, got 4"),
         (dict(implementation="cuda"), ValueError, "got 'cuda'"),
         (

@@ -12,12 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from experiments.speed.cases import Case
 from experiments.speed.measure import Contender
-
-Tensor = torch.Tensor
 
 
 class _Select(torch.autograd.Function):
