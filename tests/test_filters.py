@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -94,3 +95,15 @@ def test_sigmoid_is_in_float32_for_bfloat16():
     np.testing.assert_array_equal(
         filters[0, 0, 0, 0], (weight * params["bank_kernel"][0, 0, 0]).astype(jnp.bfloat16)
     )
+
+
+class VariantsTest(chex.TestCase):
+    @chex.variants(with_jit=True, without_jit=True)
+    def test_a_sample_makes_its_own_filters(self):
+        x = jax.random.normal(jax.random.key(1), (2, 6, 6, 4))
+        for generate in GENERATORS.values():
+            params = generate.init(jax.random.key(0), 4, 6, (3, 3), 5)
+            compute = functools.partial(generate.apply, kernel_size=(3, 3))
+            filters = self.variant(compute)(params, x)
+            alone = [compute(params, x[i : i + 1]) for i in range(2)]
+            np.testing.assert_allclose(filters, jnp.concatenate(alone), rtol=1e-5, atol=1e-6)
