@@ -21,8 +21,8 @@ from drconv_jax.region_conv.reference import reference
 IMPLEMENTATIONS: Mapping[str, RegionConv] = {
     "reference": reference,
     "blocked": fused(blocked),
-    "cpu": fused(cpu),
-    "pallas": fused(pallas),
+    "cpu": fused(cpu, opaque=True),
+    "pallas": fused(pallas, opaque=True),
 }
 _AUTOMATIC = fused(automatic)
 

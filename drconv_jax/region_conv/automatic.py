@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from drconv_jax.region_conv import blocked, cpu
 from drconv_jax.region_conv.fused import Statics
-from drconv_jax.region_conv.sharding import varying_like
+from drconv_jax.region_conv.sharding import per_shard
 
 
 def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
@@ -34,9 +34,8 @@ def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
     if not cpu.does(arrays[0].dtype):
         return default(*arrays)
     native = functools.partial(getattr(cpu, direction), statics)
-    return jax.lax.platform_dependent(
-        *arrays, cpu=functools.partial(_unless_exported, native, default), default=default
-    )
+    here = per_shard(functools.partial(_unless_exported, native, default))
+    return jax.lax.platform_dependent(*arrays, cpu=here, default=default)
 
 
 def _unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *args: Array) -> Any:
@@ -47,7 +46,7 @@ def _unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *
     """
     shapes = jax.eval_shape(exported, *args)
     results = _unless_exported_p.bind(*args, inside=inside, exported=exported)
-    return varying_like(jax.tree.unflatten(jax.tree.structure(shapes), results), *args)
+    return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
 def _lower_unless_exported(

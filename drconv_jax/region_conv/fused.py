@@ -75,15 +75,23 @@ class Kernel(Protocol):
         """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
 
 
-def fused(kernel: Kernel) -> RegionConv:
+def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
     """The differentiable region convolution of a kernel (Eq. 3-8).
 
     The kernel computes on indices; the guide's hard choice and its softmax gradient are here.
+
+    Args:
+      kernel: forward and backward.
+      opaque: whether XLA cannot see that the kernel treats samples apart, and must be told.
     """
+
+    def with_batch_axis(function: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
+        function = functools.partial(function, statics)
+        return foldable(per_shard(function) if opaque else function)
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def convolve(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
-        forward = foldable(per_shard(functools.partial(kernel.forward, statics)))
+        forward = with_batch_axis(kernel.forward, statics)
         return forward(x, filters, region_index(guide_features))
 
     def convolve_forward(
@@ -96,7 +104,7 @@ def fused(kernel: Kernel) -> RegionConv:
         statics: Statics, residuals: tuple[Array, ...], dy: Array
     ) -> tuple[Array, Array, Array]:
         x, filters, guide_features, y = residuals
-        backward = foldable(per_shard(functools.partial(kernel.backward, statics)))
+        backward = with_batch_axis(kernel.backward, statics)
         dx, dfilters, scores = backward(x, filters, region_index(guide_features), y, dy)
         return dx, dfilters, softmax_vjp(guide_features, scores)
 
