@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -16,8 +17,16 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from drconv_jax.region_conv import pallas_gpu, pallas_tpu
+from drconv_jax.region_conv.blocked import multiply, multiply_backward
 from drconv_jax.region_conv.fused import Statics
-from drconv_jax.region_conv.products import matrices_of, patches_of
+from drconv_jax.region_conv.products import flat, matrices_of, patches_of
+
+# JAX 0.12 deprecates Pallas' way to Triton: from there on a GPU computes region by region.
+TRITON = jax.__version_info__ < (0, 12)
+_GPU: dict[str, Callable[..., Any]] = {
+    "forward": pallas_gpu.forward if TRITON else multiply,
+    "backward": pallas_gpu.backward if TRITON else multiply_backward,
+}
 
 
 def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
@@ -27,7 +36,7 @@ def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
     if math.prod(shape) * x.size == 0:
         return jnp.zeros(shape, x.dtype)
     patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
-    y = _by_platform("forward", statics, patches, matrices, _flat(index))
+    y = _by_platform("forward", statics, patches, matrices, flat(index))
     return y.reshape(shape)
 
 
@@ -43,7 +52,7 @@ def backward(
     matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
     dpatches, dmatrices, scores = _by_platform(
-        "backward", statics, patches, matrices, _flat(index), dy
+        "backward", statics, patches, matrices, flat(index), dy
     )
     return *to_input(dpatches), *to_filters(dmatrices), scores.reshape(shape)
 
@@ -53,13 +62,9 @@ def _check(x: Array) -> None:
         raise NotImplementedError(f'implementation "pallas" does not do {x.dtype}.')
 
 
-def _flat(index: Array) -> Array:
-    return index.reshape(index.shape[0], math.prod(index.shape[1:]))
-
-
 def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
     tpu = functools.partial(getattr(pallas_tpu, direction), statics.precision)
-    gpu = functools.partial(getattr(pallas_gpu, direction), statics.precision)
+    gpu = functools.partial(_GPU[direction], statics.precision)
     return jax.lax.platform_dependent(
         *arrays, tpu=tpu, cuda=gpu, default=functools.partial(tpu, interpret=True)
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from drconv_jax.geometry import tap_views
 from drconv_jax.region_conv.fused import Statics
@@ -34,3 +34,8 @@ def matrices_of(
     rows = math.prod(kernel) * in_per_group
     split = filters.reshape(batch, regions, rows, groups, features // groups)
     return jnp.moveaxis(split, -2, 2)
+
+
+def flat(index: Int[Array, batch * out_spatial]) -> Int[Array, "batch positions"]:
+    """The regions of a sample's positions in one row."""
+    return index.reshape(index.shape[0], math.prod(index.shape[1:]))
