@@ -92,12 +92,19 @@ struct InstructionSet {
     INLINE void AddProduct(T scalar, const Panel& other) {
       for (int i = 0; i < kRegisters; ++i) part[i] += scalar * other.part[i];
     }
-    INLINE T Dot(const Panel& other) const {
-      Register products{};
-      for (int i = 0; i < kRegisters; ++i) products += part[i] * other.part[i];
-      T sum = 0;
-      for (int i = 0; i < kLanes; ++i) sum += products[i];
-      return sum;
+    // The products with another panel, folded onto one register; Sum adds up its lanes.
+    INLINE Register Products(const Panel& other) const {
+      Register products = part[0] * other.part[0];
+      for (int i = 1; i < kRegisters; ++i) products += part[i] * other.part[i];
+      return products;
+    }
+    static INLINE T Sum(const Register& lanes) {
+      T values[kLanes];
+      std::memcpy(values, &lanes, kRegisterBytes);
+#pragma GCC unroll 4
+      for (int half = kLanes / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) values[i] += values[i + half];
+      return values[0];
     }
     INLINE void Spill(T* target) const { std::memcpy(target, part, 64); }
   };
@@ -482,6 +489,7 @@ struct ScoresTask {
   template <typename Isa>
   INLINE void Run(int64_t number) const {
     using Panel = typename Isa::template Panel<T>;
+    using Register = typename Panel::Register;
     const Shape& shape = arrays.shape;
     const Slice slice(number, parts, shape.positions);
     const Regions& regions = arrays.regions[slice.sample];
@@ -491,46 +499,55 @@ struct ScoresTask {
     const T* const dy = this->dy + at * shape.features;
     T* const scores = this->scores + at * shape.regions;
     std::unique_ptr<T[]> buffer(new T[shape.taps * shape.in_per_group * kPanelWidth<T>]);
+    std::unique_ptr<Register[]> sums_of(new Register[slice.end - slice.begin]);
+    // Panel by panel, products with dy gather in a register for each row; lanes are added up once.
+    const auto gather = [&](int64_t row, int64_t column, const Panel& with, const Panel& values)
+                            INLINE_LAMBDA {
+      const Register products = values.Products(with);
+      sums_of[row - slice.begin] =
+          column == 0 ? products : sums_of[row - slice.begin] + products;
+    };
+    const auto load = [&](const T* source, int64_t width) INLINE_LAMBDA {
+      T padded[kPanelWidth<T>];
+      if (width < kPanelWidth<T>) {
+        Pack<T>(source, 1, 0, width, padded);
+        source = padded;
+      }
+      return Panel::Load(source);
+    };
     for (int64_t j = 0; j < shape.regions; ++j) {
       const int64_t own_begin = std::clamp<int64_t>(regions.first[j], slice.begin, slice.end);
       const int64_t own_end = std::clamp<int64_t>(regions.first[j + 1], slice.begin, slice.end);
-      for (int64_t i = slice.begin; i < slice.end; ++i) {
-        const int64_t p = regions.order[i];
-        T sum = 0;
-        if (i >= own_begin && i < own_end) {
-          for (int64_t f = 0; f < shape.features; ++f)
-            sum += dy[p * shape.features + f] * y[p * shape.features + f];
+      Panels<T>(shape.features, [&](int64_t column, int64_t width) INLINE_LAMBDA {
+        for (int64_t row = own_begin; row < own_end; ++row) {
+          const int64_t at = order[row] * shape.features + column;
+          gather(row, column, load(dy + at, width), load(y + at, width));
         }
-        scores[p * shape.regions + j] = sum;
-      }
+      });
       const int64_t others = slice.end - slice.begin - (own_end - own_begin);
-      if (others == 0) continue;
       const T* const filter = arrays.Filter(slice.sample, j);
       Ahead ahead = arrays.template FilterAfter<Isa>(filter, others);
-      for (int64_t g = 0; g < shape.groups; ++g) {
+      for (int64_t g = 0; g < shape.groups && others > 0; ++g) {
         const Windows<T> windows = arrays.WindowsOf(slice.sample, g);
         Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
           const int64_t column = g * shape.features_per_group + first;
           const Weights<T> weights =
               FilterPanel(shape, filter, column, width, others, buffer.get());
+          int64_t row = slice.begin;
           const auto fold = [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
             constexpr int R = decltype(size)::value;
             Panel sums[R];
             Multiply<Isa, R, T>(windows, rows, weights, ahead, sums);
-            for (int64_t r = 0; r < count; ++r) {
-              const T* cotangent = dy + rows[r] * shape.features + column;
-              T padded[kPanelWidth<T>];
-              if (width < kPanelWidth<T>) {
-                Pack<T>(cotangent, 1, 0, width, padded);
-                cotangent = padded;
-              }
-              scores[rows[r] * shape.regions + j] += sums[r].Dot(Panel::Load(cotangent));
-            }
+            for (int64_t r = 0; r < count; ++r, ++row)
+              gather(row, column, load(dy + rows[r] * shape.features + column, width), sums[r]);
           };
           Blocks<Isa>(order + slice.begin, own_begin - slice.begin, fold);
+          row = own_end;
           Blocks<Isa>(order + own_end, slice.end - own_end, fold);
         });
       }
+      for (int64_t row = slice.begin; row < slice.end; ++row)
+        scores[order[row] * shape.regions + j] = Panel::Sum(sums_of[row - slice.begin]);
     }
   }
 };
