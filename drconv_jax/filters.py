@@ -18,7 +18,6 @@ A new generator starts well (both hold for either one):
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -29,6 +28,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import adaptive_average_pool
+from drconv_jax.mixing import mix
 
 Params = Mapping[str, Array]
 Initializer = Callable[..., Array]
@@ -102,43 +102,15 @@ def pooled_filters(
     """
     context = adaptive_average_pool(x, kernel_size)
     weights = jax.nn.sigmoid(_mixing_logits(params, context, precision)).astype(x.dtype)
-    mix = functools.partial(_mix_banks, precision=precision)
-    return jax.lax.platform_dependent(
-        weights,
-        params["bank_kernel"],
-        params["bank_bias"],
-        cpu=functools.partial(mix, unrolled=True),
-        default=functools.partial(mix, unrolled=False),
-    )
-
-
-def _mix_banks(
-    weights: Float[Array, "batch *kernel regions n"],
-    bank: Float[Array, "regions n in_per_group features"],
-    bias: Float[Array, "regions in_per_group features"],
-    *,
-    precision: jax.lax.PrecisionLike,
-    unrolled: bool,
-) -> Float[Array, "batch regions *kernel in_per_group features"]:
-    """The 1x1 convolution in m groups: m products, as one batched product or one by one.
-
-    XLA on a CPU takes seven times as long for the batched product's gradients.
-    """
-    taps = (1,) * (weights.ndim - 3)
-    if not unrolled:
-        filters = _product("b...rn,rnio->br...io", weights, bank, precision)
-        filters = filters + _wide(bias.reshape(bias.shape[0], *taps, *bias.shape[1:]))[None]
-        return filters.astype(weights.dtype)
+    bank, bias = params["bank_kernel"], params["bank_bias"]
     regions, n, *filter_shape = bank.shape
-    rows = weights.reshape(-1, regions, n)
-    each = [
-        _product("rn,nf->rf", rows[:, r], bank[r].reshape(n, -1), precision)
-        + _wide(bias[r].reshape(1, -1))
-        for r in range(regions)
-    ]
-    kernel = weights.shape[1:-2]
-    shaped = [f.astype(weights.dtype).reshape(-1, *kernel, *filter_shape) for f in each]
-    return jnp.stack(shaped, axis=1)
+    filters = mix(
+        weights.reshape(x.shape[0], -1, regions, n),
+        bank.reshape(regions, n, -1),
+        bias.reshape(regions, -1),
+        precision=precision,
+    )
+    return filters.reshape(*filters.shape[:2], *kernel_size, *filter_shape)
 
 
 def init_experts(
@@ -198,8 +170,10 @@ def experts_filters(
     logits = _mixing_logits(params, context, precision)
     weights = (jax.nn.sigmoid(logits) * (2 / logits.shape[-1])).astype(x.dtype)
     bank = params["bank_kernel"]
-    filters = _product("bre,ef->brf", weights, bank.reshape(bank.shape[0], -1), precision)
-    return filters.astype(x.dtype).reshape(*filters.shape[:2], *bank.shape[1:])
+    flat = bank.reshape(1, bank.shape[0], -1)
+    # All regions share the bank: to `mix` they are taps of one region.
+    filters = mix(weights[:, :, None], flat, jnp.zeros_like(flat[:, 0]), precision=precision)
+    return filters.reshape(*weights.shape[:2], *bank.shape[1:])
 
 
 def _mixing_logits(

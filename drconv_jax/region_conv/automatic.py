@@ -34,11 +34,11 @@ def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
     if not cpu.does(arrays[0].dtype):
         return default(*arrays)
     native = functools.partial(getattr(cpu, direction), statics)
-    here = per_shard(functools.partial(_unless_exported, native, default))
+    here = per_shard(functools.partial(unless_exported, native, default))
     return jax.lax.platform_dependent(*arrays, cpu=here, default=default)
 
 
-def _unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *args: Array) -> Any:
+def unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *args: Array) -> Any:
     """`inside(*args)`, but `exported(*args)` in a program that `jax.export` takes elsewhere.
 
     A native kernel is a custom call that only this package knows; an exported program must run

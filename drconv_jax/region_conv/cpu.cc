@@ -1,4 +1,5 @@
-// The region convolution on a CPU, forward and backward, as two XLA FFI handlers.
+// The region convolution and the mixing of its filters on a CPU, forward and backward, as XLA FFI
+// handlers.
 //
 // For every sample, positions are listed region by region. The rows of one region (each row is a
 // window of x) then meet that region's filter in a register-blocked product: a few rows by one
@@ -759,6 +760,220 @@ class Narrowed {
 };
 
 // ---------------------------------------------------------------------------------------------
+// Mixing: filters[b, r, t] = bias[r] + sum over n of weights[b, t, r, n] * bank[r, n], rows of
+// `size` values. The filters of all samples are far larger than the banks, so work goes by region
+// and by chunk of a row: the bank's chunk stays in cache while every sample's chunk passes once.
+
+struct MixShape {
+  int64_t batch, taps, regions, n, size;
+  static constexpr int64_t kPanels = 16;  // a chunk, in panels
+
+  int64_t rows() const { return batch * taps; }
+  template <typename T>
+  int64_t chunks() const {
+    return (size + kPanels * kPanelWidth<T> - 1) / (kPanels * kPanelWidth<T>);
+  }
+  int64_t WeightsAt(int64_t row, int64_t region) const { return (row * regions + region) * n; }
+  int64_t FilterAt(int64_t row, int64_t region) const {
+    return ((row / taps * regions + region) * taps + row % taps) * size;
+  }
+};
+
+// One region's chunk of its bank, behind it that of its bias (or zeros), zeros where the row has
+// ended.
+template <typename T>
+struct BankChunk {
+  int64_t region, first, panels;
+  std::unique_ptr<T[]> values;
+
+  BankChunk(const MixShape& shape, int64_t number, const T* bank, const T* bias)
+      : region(number / shape.chunks<T>()),
+        first(number % shape.chunks<T>() * MixShape::kPanels * kPanelWidth<T>),
+        panels(std::min(MixShape::kPanels,
+                        (shape.size - first + kPanelWidth<T> - 1) / kPanelWidth<T>)),
+        values(new T[(shape.n + 1) * MixShape::kPanels * kPanelWidth<T>]()) {
+    for (int64_t n = 0; n < shape.n + (bias != nullptr); ++n) {
+      const T* source =
+          n < shape.n ? bank + (region * shape.n + n) * shape.size : bias + region * shape.size;
+      std::memcpy(values.get() + n * MixShape::kPanels * kPanelWidth<T>, source + first,
+                  std::min(panels * kPanelWidth<T>, shape.size - first) * sizeof(T));
+    }
+  }
+  INLINE const T* At(int64_t n, int64_t panel) const {
+    return values.get() + (n * MixShape::kPanels + panel) * kPanelWidth<T>;
+  }
+};
+
+template <typename T>
+struct MixTask {
+  using Value = T;
+  const MixShape& shape;
+  const T* weights;
+  const T* bank;
+  const T* bias;
+  T* filters;
+
+  template <typename Isa>
+  INLINE void Run(int64_t number) const {
+    using Panel = typename Isa::template Panel<T>;
+    const BankChunk<T> chunk(shape, number, bank, bias);
+    std::vector<int32_t> all(shape.rows());
+    std::iota(all.begin(), all.end(), 0);
+    Blocks<Isa>(all.data(), shape.rows(), [&](auto block, const int32_t* rows, int64_t count)
+                                              INLINE_LAMBDA {
+      constexpr int R = decltype(block)::value;
+      const T* weight[R];
+      T* filter[R];
+      for (int r = 0; r < R; ++r) {
+        weight[r] = weights + shape.WeightsAt(rows[r], chunk.region);
+        filter[r] = filters + shape.FilterAt(rows[r], chunk.region) + chunk.first;
+      }
+      for (int64_t p = 0; p < chunk.panels; ++p) {
+        Panel sums[R];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) sums[r] = Panel::Load(chunk.At(shape.n, p));
+        for (int64_t n = 0; n < shape.n; ++n) {
+          const Panel values = Panel::Load(chunk.At(n, p));
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r) sums[r].AddProduct(weight[r][n], values);
+        }
+        const int64_t at = p * kPanelWidth<T>;
+        const int64_t width = std::min(kPanelWidth<T>, shape.size - chunk.first - at);
+        for (int64_t r = 0; r < count; ++r) Store<Isa, T>(sums[r], width, filter[r] + at);
+      }
+    });
+  }
+};
+
+// The gradients of a chunk of one region's bank and bias, and the chunk's part in those of the
+// weights: parts[chunk, row, region, n].
+template <typename T>
+struct MixGradientTask {
+  using Value = T;
+  const MixShape& shape;
+  const T* weights;
+  const T* bank;
+  const T* dfilters;
+  T* dbank;
+  T* dbias;
+  T* parts;
+
+  template <typename Isa>
+  INLINE void Run(int64_t number) const {
+    using Panel = typename Isa::template Panel<T>;
+    const BankChunk<T> chunk(shape, number, bank, nullptr);
+    const int64_t rows = shape.rows(), ones = shape.n;
+    // Every row's weights, and a one behind them: the bias's weight.
+    std::unique_ptr<T[]> weight(new T[rows * (shape.n + 1)]);
+    for (int64_t row = 0; row < rows; ++row) {
+      std::copy_n(weights + shape.WeightsAt(row, chunk.region), shape.n,
+                  &weight[row * (shape.n + 1)]);
+      weight[row * (shape.n + 1) + ones] = 1;
+    }
+    std::vector<int32_t> all(shape.n + 1);
+    std::iota(all.begin(), all.end(), 0);
+    const auto load = [&](int64_t row, int64_t p) INLINE_LAMBDA {
+      const int64_t at = chunk.first + p * kPanelWidth<T>;
+      const T* source = dfilters + shape.FilterAt(row, chunk.region) + at;
+      T padded[kPanelWidth<T>];
+      if (shape.size - at < kPanelWidth<T>) {
+        Pack<T>(source, 1, 0, shape.size - at, padded);
+        source = padded;
+      }
+      return Panel::Load(source);
+    };
+    for (int64_t p = 0; p < chunk.panels; ++p) {
+      const int64_t at = chunk.first + p * kPanelWidth<T>;
+      const int64_t width = std::min(kPanelWidth<T>, shape.size - at);
+      Blocks<Isa>(all.data(), shape.n + 1, [&](auto block, const int32_t* which, int64_t count)
+                                               INLINE_LAMBDA {
+        constexpr int R = decltype(block)::value;
+        Panel sums[R];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) sums[r] = Panel::Zero();
+        for (int64_t row = 0; row < rows; ++row) {
+          const Panel cotangent = load(row, p);
+          const T* scalars = &weight[row * (shape.n + 1)];
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r) sums[r].AddProduct(scalars[which[r]], cotangent);
+        }
+        for (int64_t r = 0; r < count; ++r) {
+          T* const target = which[r] == ones
+                                ? dbias + chunk.region * shape.size
+                                : dbank + (chunk.region * shape.n + which[r]) * shape.size;
+          Store<Isa, T>(sums[r], width, target + at);
+        }
+      });
+    }
+    T* const part = parts + number % shape.chunks<T>() * rows * shape.regions * shape.n;
+    for (int64_t row = 0; row < rows; ++row)
+      Blocks<Isa>(all.data(), shape.n, [&](auto block, const int32_t* which, int64_t count)
+                                           INLINE_LAMBDA {
+        constexpr int R = decltype(block)::value;
+        typename Panel::Register sums[R] = {};
+        for (int64_t p = 0; p < chunk.panels; ++p) {
+          const Panel cotangent = load(row, p);
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r)
+            sums[r] += cotangent.Products(Panel::Load(chunk.At(which[r], p)));
+        }
+        for (int64_t r = 0; r < count; ++r)
+          part[shape.WeightsAt(row, chunk.region) + which[r]] = Panel::Sum(sums[r]);
+      });
+  }
+};
+
+// dweights of one row: its parts, chunk by chunk.
+template <typename T>
+struct SumPartsTask {
+  using Value = T;
+  const MixShape& shape;
+  const T* parts;
+  T* dweights;
+
+  template <typename Isa>
+  INLINE void Run(int64_t row) const {
+    const int64_t size = shape.regions * shape.n, all = shape.rows() * size;
+    std::fill_n(dweights + row * size, size, T(0));
+    for (int64_t chunk = 0; chunk < shape.chunks<T>(); ++chunk)
+      for (int64_t i = row * size; i < (row + 1) * size; ++i)
+        dweights[i] += parts[chunk * all + i];
+  }
+};
+
+template <typename S, typename T>
+void Mix(const MixShape& shape, Workers& workers, const void* weights, const void* bank,
+         const void* bias, void* filters) {
+  const Widened<S, T> w(workers, weights, shape.rows(), shape.regions * shape.n);
+  const Widened<S, T> values(workers, bank, shape.regions * shape.n, shape.size);
+  const Widened<S, T> start(workers, bias, shape.regions, shape.size);
+  Narrowed<S, T> result(filters, shape.rows() * shape.regions, shape.size);
+  workers.For(shape.regions * shape.chunks<T>(),
+              MixTask<T>{shape, w.data(), values.data(), start.data(), result.data()});
+  result.Finish(workers);
+}
+
+template <typename S, typename T>
+void MixBackward(const MixShape& shape, Workers& workers, const void* weights, const void* bank,
+                 const void* dfilters, void* dweights, void* dbank, void* dbias) {
+  const Widened<S, T> w(workers, weights, shape.rows(), shape.regions * shape.n);
+  const Widened<S, T> values(workers, bank, shape.regions * shape.n, shape.size);
+  const Widened<S, T> cotangent(workers, dfilters, shape.rows() * shape.regions, shape.size);
+  Narrowed<S, T> weight_gradient(dweights, shape.rows(), shape.regions * shape.n);
+  Narrowed<S, T> bank_gradient(dbank, shape.regions * shape.n, shape.size);
+  Narrowed<S, T> bias_gradient(dbias, shape.regions, shape.size);
+  std::unique_ptr<T[]> parts(
+      new T[shape.chunks<T>() * shape.rows() * shape.regions * shape.n]);
+  workers.For(shape.regions * shape.chunks<T>(),
+              MixGradientTask<T>{shape, w.data(), values.data(), cotangent.data(),
+                                 bank_gradient.data(), bias_gradient.data(), parts.get()});
+  workers.For(shape.rows(), SumPartsTask<T>{shape, parts.get(), weight_gradient.data()});
+  weight_gradient.Finish(workers);
+  bank_gradient.Finish(workers);
+  bias_gradient.Finish(workers);
+}
+
+// ---------------------------------------------------------------------------------------------
 // The handlers.
 
 using Numbers = ffi::Span<const int64_t>;
@@ -905,7 +1120,58 @@ ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffe
   });
 }
 
+// weights (batch, taps, regions, n) and bank (regions, n, size).
+ffi::ErrorOr<MixShape> ReadMixShape(ffi::AnyBuffer weights, ffi::AnyBuffer bank) {
+  const auto ws = weights.dimensions(), bs = bank.dimensions();
+  if (ws.size() != 4 || bs.size() != 3)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("mix: malformed call"));
+  return MixShape{ws[0], ws[1], ws[2], ws[3], bs[2]};
+}
+
+ffi::Error MixHandler(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer bank,
+                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> filters) {
+  auto shape = ReadMixShape(weights, bank);
+  if (!shape.has_value()) return shape.error();
+  Workers workers(pool);
+  return ByType(weights.element_type(), [&](auto s, auto t) {
+    Mix<decltype(s), decltype(t)>(*shape, workers, weights.untyped_data(), bank.untyped_data(),
+                                  bias.untyped_data(), filters->untyped_data());
+  });
+}
+
+ffi::Error MixBackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer bank,
+                              ffi::AnyBuffer dfilters, ffi::Result<ffi::AnyBuffer> dweights,
+                              ffi::Result<ffi::AnyBuffer> dbank,
+                              ffi::Result<ffi::AnyBuffer> dbias) {
+  auto shape = ReadMixShape(weights, bank);
+  if (!shape.has_value()) return shape.error();
+  Workers workers(pool);
+  return ByType(weights.element_type(), [&](auto s, auto t) {
+    MixBackward<decltype(s), decltype(t)>(
+        *shape, workers, weights.untyped_data(), bank.untyped_data(), dfilters.untyped_data(),
+        dweights->untyped_data(), dbank->untyped_data(), dbias->untyped_data());
+  });
+}
+
 }  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mix, MixHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mix_backward, MixBackwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_region_conv_forward, ForwardHandler,
                               ffi::Ffi::Bind()

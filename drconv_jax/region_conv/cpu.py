@@ -19,6 +19,8 @@ from drconv_jax.region_conv.fused import Statics
 
 _FORWARD = "drconv_region_conv_forward"
 _BACKWARD = "drconv_region_conv_backward"
+_MIX = "drconv_mix"
+_MIX_BACKWARD = "drconv_mix_backward"
 _DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 
 
@@ -34,7 +36,7 @@ def available() -> bool:
         )
         return False
     library = ctypes.CDLL(str(path))
-    for name in (_FORWARD, _BACKWARD):
+    for name in (_FORWARD, _BACKWARD, _MIX, _MIX_BACKWARD):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -68,6 +70,22 @@ def backward(
     call = jax.ffi.ffi_call(_BACKWARD, (*like, scores))
     dx, dfilters, scores_of = call(*arguments, y, dy, **attributes)
     return dx.reshape(x.shape), dfilters.reshape(filters.shape), scores_of
+
+
+def mix(weights: Array, bank: Array, bias: Array) -> Array:
+    """See `drconv_jax.mixing.mix`."""
+    batch, taps, regions, _ = weights.shape
+    shape = jax.ShapeDtypeStruct((batch, regions, taps, bank.shape[-1]), weights.dtype)
+    filters: Array = jax.ffi.ffi_call(_MIX, shape)(weights, bank, bias)
+    return filters
+
+
+def mix_backward(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, Array, Array]:
+    """The gradients of `mix` for its three arguments, given that of its result."""
+    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (weights, bank)]
+    shapes.append(jax.ShapeDtypeStruct((bank.shape[0], bank.shape[2]), bank.dtype))
+    dweights, dbank, dbias = jax.ffi.ffi_call(_MIX_BACKWARD, shapes)(weights, bank, dfilters)
+    return dweights, dbank, dbias
 
 
 def _prepare(

@@ -6,7 +6,7 @@ apart: left alone it gathers the batch on every device (openxla/xla#47945). `per
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -15,32 +15,41 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
-def per_shard(function: Callable[..., Any]) -> Callable[..., Any]:
+def per_shard(
+    function: Callable[..., Any], *, shared: Collection[int] = (), summed: Collection[int] = ()
+) -> Callable[..., Any]:
     """`function`, which treats samples apart, run on every device's own samples.
 
     Args:
       function: of arrays whose first axis is the batch; so are its results'. It is not
         differentiated.
+      shared: positions of arguments without a batch axis, whole on every device.
+      summed: positions of results without a batch axis, sums over the samples.
 
     Returns:
       The same function, which stays sharded along the batch under `jit` on a mesh, without any
-      communication.
+      communication but the reduction of what is summed.
     """
 
     def call(*args: Array) -> Any:
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
         results = jax.tree.leaves(jax.eval_shape(function, *shapes))
-        names = iter(f"a{i}" for i in range(1000))  # a factor a dimension: only "b" is shared
-        sides = [
-            ", ".join(" ".join(["b", *(next(names) for _ in a.shape[1:])]) for a in arrays)
-            for arrays in (args, results)
-        ]
-        others = tuple(f"a{i}" for i in range(sum(a.ndim - 1 for a in (*args, *results))))
+        names = [f"a{i}" for i in range(sum(a.ndim for a in (*args, *results)))]
+        fresh = iter(names)  # a factor a dimension: samples alone share one
+
+        def factors(arrays: Sequence[Any], whole: Collection[int]) -> str:
+            sides = [
+                [next(fresh) if d or i in whole else "b" for d in range(a.ndim)]
+                for i, a in enumerate(arrays)
+            ]
+            return ", ".join(" ".join(side) for side in sides)
+
+        rule = f"{factors(args, shared)} -> {factors(results, summed)}"
         partitioned = custom_partitioning(function)
         partitioned.def_partition(
-            partition=_partition(function),
-            sharding_rule=" -> ".join(sides),
-            need_replication_factors=others,
+            partition=_partition(function, shared, summed),
+            sharding_rule=rule,
+            need_replication_factors=tuple(name for name in names if name in rule.split()),
         )
         return varying_like(partitioned(*args), *args)
 
@@ -58,10 +67,23 @@ def varying_like(values: Any, *like: Array) -> Any:
     return jax.tree.map(cast, values)
 
 
-def _partition(function: Callable[..., Any]) -> Callable[..., Any]:
+def _partition(
+    function: Callable[..., Any], shared: Collection[int], summed: Collection[int]
+) -> Callable[..., Any]:
     def partition(mesh: Any, args: Any, results: Any) -> Any:
-        spec = args[0].sharding.spec
-        batch = NamedSharding(mesh, PartitionSpec(spec[0] if spec else None))
-        return mesh, function, jax.tree.map(lambda _: batch, results), (batch,) * len(args)
+        first = next(a for i, a in enumerate(args) if i not in shared)
+        axis = first.sharding.spec[0] if first.sharding.spec else None
+        by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((axis,), ()))
+
+        def on_shard(*args: Array) -> Any:
+            leaves, tree = jax.tree.flatten(function(*args))
+            if axis is not None:
+                leaves = [jax.lax.psum(r, axis) if i in summed else r for i, r in enumerate(leaves)]
+            return jax.tree.unflatten(tree, leaves)
+
+        leaves, tree = jax.tree.flatten(results)
+        result_shardings = [whole if i in summed else by_batch for i in range(len(leaves))]
+        argument_shardings = tuple(whole if i in shared else by_batch for i in range(len(args)))
+        return mesh, on_shard, jax.tree.unflatten(tree, result_shardings), argument_shardings
 
     return partition
