@@ -233,14 +233,18 @@ def _guide_convolution(
     hyper: Hyperparameters, params: Mapping[str, Array], x: Array, window_arguments: Any
 ) -> Float[Array, "batch *out_spatial regions"]:
     x, window = window_of(x, hyper.guide_kernel, centred_on=hyper.kernel, **window_arguments)
-    spatial = "DHW"[-len(window.strides) :]
-    features = jax.lax.conv_general_dilated(
-        x,
-        params["kernel"],
-        window.strides,
-        window.padding,
-        rhs_dilation=window.dilation,
-        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
-        precision=hyper.precision,
-    )
+    if window.is_pointwise:  # XLA's CPU backend is several times faster at the product
+        kernel = params["kernel"].reshape(params["kernel"].shape[-2:])
+        features = jnp.einsum("...i,im->...m", x, kernel, precision=hyper.precision)
+    else:
+        spatial = "DHW"[-len(window.strides) :]
+        features = jax.lax.conv_general_dilated(
+            x,
+            params["kernel"],
+            window.strides,
+            window.padding,
+            rhs_dilation=window.dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            precision=hyper.precision,
+        )
     return features + jnp.expand_dims(params["bias"], range(features.ndim - 1))
