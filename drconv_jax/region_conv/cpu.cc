@@ -20,6 +20,7 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <numeric>
@@ -241,8 +242,12 @@ auto BestFor(const Task&) -> void (*)(const Task&, int64_t) {
 
 class Workers {
  public:
+  using Job = std::function<void()>;
+
   explicit Workers(ffi::ThreadPool pool)
-      : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
+      : Workers(pool.num_threads(), [pool](Job job) mutable { pool.Schedule(std::move(job)); }) {}
+  Workers(int64_t threads, std::function<void(Job)> schedule)
+      : threads_(std::max<int64_t>(1, threads)), schedule_(std::move(schedule)) {}
 
   int64_t threads() const { return threads_; }
 
@@ -268,15 +273,15 @@ class Workers {
       state->done += finished;
       if (state->done == count) state->all_done.notify_all();
     };
-    for (int64_t helper = 1; helper < std::min(count, threads_); ++helper) pool_.Schedule(decltype(work)(work));
+    for (int64_t helper = 1; helper < std::min(count, threads_); ++helper) schedule_(work);
     work();
     std::unique_lock<std::mutex> lock(state->mutex);
     state->all_done.wait(lock, [&] { return state->done == count; });
   }
 
  private:
-  ffi::ThreadPool pool_;
   int64_t threads_;
+  std::function<void(Job)> schedule_;
 };
 
 // ---------------------------------------------------------------------------------------------
