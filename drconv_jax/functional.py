@@ -206,7 +206,14 @@ def apply(
     guide = guide.astype(accumulator(guide.dtype))
 
     generate = GENERATORS[hyper.filter_generator].apply
-    filters = generate(params["filters"], x, hyper.kernel, precision=hyper.precision)
+    filters = generate(
+        params["filters"],
+        x,
+        hyper.kernel,
+        # Only the native kernel never reads the filters of regions that nobody chose.
+        guide_features=guide if hyper.implementation in (None, "cpu") else None,
+        precision=hyper.precision,
+    )
     y = region_conv(
         x,
         filters,

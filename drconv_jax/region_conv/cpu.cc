@@ -182,27 +182,32 @@ std::vector<int32_t> WindowOffsets(const Shape& s) {
   return offsets;
 }
 
+// The region of a position: that of its largest guide feature, the first of equals; NaN counts as
+// larger than any number. Whatever the bytes, it is a region that exists.
+template <typename G>
+INLINE int32_t RegionOf(const G* guide, int64_t regions) {
+  int32_t best = 0;
+  G top = guide[0];
+  for (int32_t j = 1; j < regions; ++j) {  // without branches: what is chosen is anyone's guess
+    const bool larger = (guide[j] > top) | ((guide[j] != guide[j]) & (top == top));
+    top = larger ? guide[j] : top;
+    best = larger ? j : best;
+  }
+  return best;
+}
+
 // One sample's positions, region by region; region j's are order[first[j] .. first[j + 1]).
 struct Regions {
   std::vector<int32_t> order, first;
 
-  // A position's region is that of its largest guide feature, the first of equals; NaN counts as
-  // larger than any number. Whatever the bytes, it is a region that exists.
   template <typename G>
   INLINE void Sort(const G* guide, int64_t positions, int64_t regions) {
     std::vector<int32_t> region(positions);
     order.resize(positions);
     first.assign(regions + 1, 0);
     for (int64_t p = 0; p < positions; ++p, guide += regions) {
-      int32_t best = 0;
-      G top = guide[0];
-      for (int32_t j = 1; j < regions; ++j) {  // without branches: what is chosen is anyone's guess
-        const bool larger = (guide[j] > top) | ((guide[j] != guide[j]) & (top == top));
-        top = larger ? guide[j] : top;
-        best = larger ? j : best;
-      }
-      region[p] = best;
-      ++first[best + 1];
+      region[p] = RegionOf(guide, regions);
+      ++first[region[p] + 1];
     }
     for (int64_t j = 0; j < regions; ++j) first[j + 1] += first[j];
     std::vector<int32_t> next(first.begin(), first.end() - 1);
@@ -875,10 +880,27 @@ struct BankChunk {
   }
 };
 
+// Which filters are of use: needed[b * m + j] tells whether a position of sample b chose region j.
+// The guide's m regions are the mixture's or, where it has but one, its taps.
+template <typename G>
+struct NeededTask {
+  using Value = int32_t;
+  int64_t positions, m;
+  const G* guide;
+  char* needed;
+
+  template <typename Isa>
+  INLINE void Run(int64_t sample) const {
+    for (int64_t p = sample * positions; p < (sample + 1) * positions; ++p)
+      needed[sample * m + RegionOf(guide + p * m, m)] = 1;
+  }
+};
+
 template <typename T>
 struct MixTask {
   using Value = T;
   const MixShape& shape;
+  const std::vector<char>& needed;  // see NeededTask; empty where every filter is
   const T* weights;
   const T* bank;
   const T* bias;
@@ -888,9 +910,11 @@ struct MixTask {
   INLINE void Run(int64_t number) const {
     using Panel = typename Isa::template Panel<T>;
     const BankChunk<T> chunk(shape, number, bank, bias);
-    std::vector<int32_t> all(shape.rows());
-    std::iota(all.begin(), all.end(), 0);
-    Blocks<Isa>(all.data(), shape.rows(), [&](auto block, const int32_t* rows, int64_t count)
+    std::vector<int32_t> made;
+    for (int64_t row = 0; row < shape.rows(); ++row)
+      if (needed.empty() || needed[shape.regions > 1 ? row / shape.taps * shape.regions + chunk.region : row])
+        made.push_back(row);
+    Blocks<Isa>(made.data(), made.size(), [&](auto block, const int32_t* rows, int64_t count)
                                               INLINE_LAMBDA {
       constexpr int R = decltype(block)::value;
       const T* weight[R];
@@ -1014,13 +1038,13 @@ struct SumPartsTask {
 
 template <typename S, typename T>
 void Mix(const MixShape& shape, Workers& workers, const void* weights, const void* bank,
-         const void* bias, void* filters) {
+         const void* bias, const std::vector<char>& needed, void* filters) {
   const Widened<S, T> w(workers, weights, shape.rows(), shape.regions * shape.n);
   const Widened<S, T> values(workers, bank, shape.regions * shape.n, shape.size);
   const Widened<S, T> start(workers, bias, shape.regions, shape.size);
   Narrowed<S, T> result(filters, shape.rows() * shape.regions, shape.size);
   workers.For(shape.regions * shape.chunks<T>(),
-              MixTask<T>{shape, w.data(), values.data(), start.data(), result.data()});
+              MixTask<T>{shape, needed, w.data(), values.data(), start.data(), result.data()});
   result.Finish(workers);
 }
 
@@ -1203,13 +1227,24 @@ ffi::ErrorOr<MixShape> ReadMixShape(ffi::AnyBuffer weights, ffi::AnyBuffer bank)
 }
 
 ffi::Error MixHandler(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer bank,
-                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> filters) {
+                      ffi::AnyBuffer bias, ffi::AnyBuffer guide,
+                      ffi::Result<ffi::AnyBuffer> filters) {
   auto shape = ReadMixShape(weights, bank);
   if (!shape.has_value()) return shape.error();
+  const auto gs = guide.dimensions();  // (batch, positions, m), no position where all are needed
+  if (gs.size() != 3 || gs[2] != (shape->regions > 1 ? shape->regions : shape->taps))
+    return ffi::Error::InvalidArgument("mix: malformed call");
   Workers workers(pool);
+  std::vector<char> needed(gs[1] > 0 ? gs[0] * gs[2] : 0);
+  if (needed.empty()) {
+  } else if (guide.element_type() == ffi::DataType::F64) {
+    workers.For(gs[0], NeededTask<double>{gs[1], gs[2], guide.typed_data<double>(), needed.data()});
+  } else {
+    workers.For(gs[0], NeededTask<float>{gs[1], gs[2], guide.typed_data<float>(), needed.data()});
+  }
   return ByType(weights.element_type(), [&](auto s, auto t) {
     Mix<decltype(s), decltype(t)>(*shape, workers, weights.untyped_data(), bank.untyped_data(),
-                                  bias.untyped_data(), filters->untyped_data());
+                                  bias.untyped_data(), needed, filters->untyped_data());
   });
 }
 
@@ -1232,6 +1267,7 @@ ffi::Error MixBackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi:
 XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mix, MixHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

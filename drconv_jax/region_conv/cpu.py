@@ -72,11 +72,11 @@ def backward(
     return dx.reshape(x.shape), dfilters.reshape(filters.shape), scores_of
 
 
-def mix(weights: Array, bank: Array, bias: Array) -> Array:
-    """See `drconv_jax.mixing.mix`."""
+def mix(weights: Array, bank: Array, bias: Array, guide_features: Array) -> Array:
+    """See `drconv_jax.mixing.mix`; a guide without positions needs every filter."""
     batch, taps, regions, _ = weights.shape
     shape = jax.ShapeDtypeStruct((batch, regions, taps, bank.shape[-1]), weights.dtype)
-    filters: Array = jax.ffi.ffi_call(_MIX, shape)(weights, bank, bias)
+    filters: Array = jax.ffi.ffi_call(_MIX, shape)(weights, bank, bias, guide_features)
     return filters
 
 

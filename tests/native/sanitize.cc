@@ -126,8 +126,9 @@ void Mixing() {
   const auto bias = Values<S>::Normal(s.regions * s.size);
   const auto dfilters = Values<S>::Normal(s.rows() * s.regions * s.size);
   SameOnAnyThreads("mixing", [&](Workers& workers) {
+    std::vector<char> needed(Draw(0, 1) ? 0 : s.batch * (s.regions > 1 ? s.regions : s.taps), 1);
     Values<S> filters(dfilters.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
-    Mix<S, T>(s, workers, weights.get(), bank.get(), bias.get(), filters.get());
+    Mix<S, T>(s, workers, weights.get(), bank.get(), bias.get(), needed, filters.get());
     MixBackward<S, T>(s, workers, weights.get(), bank.get(), dfilters.get(), dweights.get(),
                       dbank.get(), dbias.get());
     return std::make_tuple(std::move(filters), std::move(dweights), std::move(dbank),
