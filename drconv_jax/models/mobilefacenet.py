@@ -81,6 +81,7 @@ class MobileFaceNet(nn.Module):
     Attributes:
       embedding_size: of the embedding, 128 in the paper, often 512; None returns the output of
         the global depthwise convolution.
+      num_classes: outputs of a classifier of the embedding; None leaves it out.
       width: multiplies the channels between blocks; those inside of blocks and the last ones
         stay, as with InsightFace's `scale`.
       blocks: in the stem and at strides 4, 8 and 16. One in the stem is a depthwise convolution,
@@ -91,6 +92,7 @@ class MobileFaceNet(nn.Module):
     """
 
     embedding_size: int | None = 128
+    num_classes: int | None = None
     width: float = 1.0
     blocks: Sequence[int] = (1, 4, 6, 2)
     conv: ConvFactory = nn.Conv
@@ -106,7 +108,7 @@ class MobileFaceNet(nn.Module):
         train: bool = False,
         features: bool = False,
     ) -> Float[Array, "batch outputs"] | dict[int, Float[Array, "batch _ _ _"]]:
-        """Embeddings, not yet of unit length, or feature maps.
+        """Embeddings, not yet of unit length, or logits with a classifier, or feature maps.
 
         Args:
           x: images.
@@ -158,10 +160,12 @@ class MobileFaceNet(nn.Module):
         x = depthwise_conv(x, "global_depthwise", kernel_size=whole, padding=0, dtype=self.dtype)
         x = norm(x, "global_depthwise_norm", train=train, dtype=self.dtype)
         x = x.reshape(x.shape[0], -1)
-        if self.embedding_size is None:
+        if self.embedding_size is not None:
+            x = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype, name="embedding")(x)
+            x = norm(x, "embedding_norm", train=train, dtype=self.dtype)
+        if self.num_classes is None:
             return x
-        x = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype, name="embedding")(x)
-        return norm(x, "embedding_norm", train=train, dtype=self.dtype)
+        return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(x)
 
     def _stem_depthwise(self, x: Array) -> Array:
         """64 groups whatever the width: with the paper's width, a depthwise convolution."""

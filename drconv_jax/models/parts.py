@@ -33,7 +33,7 @@ def conv(
     kernel: int = 1,
     strides: int = 1,
     dtype: Dtype | None = None,
-    guide: Float[Array, "batch height width regions"] | None = None,
+    guide: Float[Array, "batch guide_height guide_width regions"] | None = None,
 ) -> Float[Array, "batch out_height out_width features"]:
     """A convolution without bias, zero-padded by half of its kernel on every side.
 

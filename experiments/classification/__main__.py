@@ -1,4 +1,4 @@
-"""Trains a ShuffleNetV2, with DRConv or plain, to classify images.
+"""Trains a network, with DRConv or plain, to classify images.
 
 Without arguments: a small DR-ShuffleNetV2 on scikit-learn's handwritten digits, in a few minutes on
 a CPU. The run's folder gets config.json, metrics.jsonl, checkpoints/, report.json and
@@ -8,13 +8,11 @@ guide_masks.png.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
-import math
 import pathlib
 import sys
 import time
-from typing import Annotated, Any, Literal
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +20,8 @@ import numpy as np
 import tyro
 from flax import linen as nn
 
-from drconv_jax import DRConv, viz
-from drconv_jax.models import ShuffleNetV2
+from drconv_jax import viz
+from experiments.classification.model import ModelConfig
 from experiments.runtime import data
 from experiments.runtime.errors import UserError, exit_on_user_error
 from experiments.runtime.files import replacing, write_text
@@ -31,60 +29,8 @@ from experiments.runtime.loop import TrainConfig, TrainState, normalize, steps_p
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Which network."""
-
-    conv: Literal["drconv", "standard"] = "drconv"
-    """What stands at the 1x1 convolutions of the blocks' main branches."""
-    width: float = 0.5
-    """Width multiplier of ShuffleNetV2."""
-    blocks: tuple[int, int, int] = (2, 2, 2)
-    """Blocks in stages 2, 3 and 4; the paper's network has 4 8 4."""
-    stem_strides: tuple[int, int] = (1, 2)
-    """Strides of the first convolution and of the pooling behind it; 2 2 for large images."""
-    regions: int = 8
-    """m, the regions of a DRConv."""
-    filter_generator: Literal["pooled", "experts"] = "pooled"
-    """The paper's filter generator or the released code's."""
-    shared_guide: bool = False
-    """Whether the convolutions of a block share one guide, as in the released code."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
-
-    def __post_init__(self) -> None:
-        for name, within, allowed in (
-            ("width", 0 < self.width < math.inf, "positive and finite"),
-            ("blocks", min(self.blocks) >= 1, "at least 1 each"),
-            ("stem_strides", min(self.stem_strides) >= 1, "at least 1 each"),
-            ("regions", self.regions >= 1, "at least 1"),
-        ):
-            if not within:
-                option, value = name.replace("_", "-"), getattr(self, name)
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"--model.{option} must be {allowed}, got {shown}.")
-
-    def build(self, num_classes: int) -> ShuffleNetV2:
-        """The network for this many classes."""
-        dr = self.conv == "drconv"
-        conv: Any = nn.Conv
-        if dr:
-            conv = functools.partial(
-                DRConv, regions=self.regions, filter_generator=self.filter_generator
-            )
-        return ShuffleNetV2(
-            num_classes=num_classes,
-            width=self.width,
-            blocks=self.blocks,
-            conv=conv,
-            guide_regions=self.regions if dr and self.shared_guide else None,
-            stem_strides=self.stem_strides,
-            dtype=jnp.dtype(self.dtype),
-        )
-
-
-@dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a ShuffleNetV2, with DRConv or plain, to classify images."""
+    """Trains a network, with DRConv or plain, to classify images."""
 
     data: str = "digits"
     """"digits" (embedded), or folder:PATH, a tree train/CLASS/x.jpg and test|val/CLASS/x.jpg or a
@@ -97,7 +43,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
-    """Trains a ShuffleNetV2, with DRConv or plain, to classify images."""
+    """Trains a network, with DRConv or plain, to classify images."""
 
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
     run_dir: pathlib.Path | None = None
@@ -152,7 +98,7 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
         "skipped_images": len(dataset.skipped),
         "skipped": list(dataset.skipped),
     }
-    if config.model.conv == "drconv":
+    if config.model.has_guide:
         _draw_guide_masks(model, state, dataset, config.model.regions, run_dir)
     write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
@@ -164,7 +110,7 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
 
 def _new_folder(arguments: Arguments) -> pathlib.Path:
     config = arguments.config
-    name = f"{config.model.conv}-{time.strftime('%Y%m%d-%H%M%S')}"
+    name = f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = arguments.run_dir or pathlib.Path("runs") / "classification" / name
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f'--run-dir: "{run_dir}" is not a folder; name another.')
