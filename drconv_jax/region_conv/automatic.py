@@ -17,16 +17,16 @@ from drconv_jax.region_conv.fused import Statics
 from drconv_jax.region_conv.sharding import per_shard
 
 
-def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
-    return _by_platform("forward", statics, x, filters, index)
+    return _by_platform("forward", statics, x, filters, guide_features)
 
 
 def backward(
-    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+    statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
-    return _by_platform("backward", statics, x, filters, index, y, dy)
+    return _by_platform("backward", statics, x, filters, guide_features, y, dy)
 
 
 def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
