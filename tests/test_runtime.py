@@ -12,10 +12,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from runs import checkpoints_of, rows_of, tensorboard
 
 from drconv_jax import DRConv
 from experiments.classification.__main__ import PRESETS, Config, ModelConfig
-from experiments.runtime import configs, data, loop, pipeline, regions, training
+from experiments.runtime import configs, data, loop, pipeline, preemption, regions, training
 from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
 from experiments.runtime.errors import Preempted, UserError
 from experiments.runtime.mesh import Placement, check_batch, make_mesh, on_devices
@@ -94,12 +95,6 @@ def program_of(model=None, recipe=None, fsdp=1):
 def first(count, split, mesh):
     """The first images of a split as a batch."""
     return on_devices({"image": split.images[:count], "label": split.labels[:count]}, mesh)
-
-
-def rows_of(folder):
-    """The metrics of every epoch, but for the speed."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k != "images_per_second"} for row in rows]
 
 
 def assert_same(state, other):
@@ -253,6 +248,27 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
         checkpoints.save(step, state_like(step), {}, score)
     checkpoints.close()
     assert kept() == [2, 6, 7]
+
+
+def test_a_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+    checkpoints.save(1, state_like(1), {})
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=16003))
+    with pytest.raises(UserError, match="the disk is full: .*; checkpoint 1 is whole. Free some"):
+        checkpoints.save(2, state_like(2), {})
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=16004))
+    checkpoints.save(3, state_like(3), {})  # 4000 numbers and one, of four bytes each
+    checkpoints.close()
+    assert checkpoints_of(tmp_path) == [1, 3]
+
+
+def test_a_second_sigterm_kills():
+    with preemption.noticed() as came:
+        assert not came()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert came() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_a_checkpoint_holds_the_state_at_the_time_of_saving(dataset, tmp_path):
@@ -419,27 +435,16 @@ def test_a_collapsed_guide_is_said(dataset, tmp_path, capsys):
 
 
 def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, sigterm_at):
-    from tensorboardX.proto.event_pb2 import Event
-
     recipe = Recipe(epochs=3, batch_size=8, augment=False)
     sigterm_at(15)  # in the second epoch's evaluation; an epoch is 5 and 3 batches
     with pytest.raises(Preempted):
         train(dataset, tmp_path, recipe, Linear())
     train(dataset, tmp_path, recipe, Linear())
-    curve, started = {}, []
-    for path in sorted((tmp_path / "tensorboard").iterdir(), key=os.path.getmtime):
-        content = path.read_bytes()
-        while content:  # length, its checksum, an event, its checksum
-            length = int.from_bytes(content[:8], "little")
-            event, content = Event.FromString(content[12 : 12 + length]), content[16 + length :]
-            if event.HasField("session_log"):
-                started.append(event.step)
-            for value in event.summary.value:
-                curve.setdefault(value.tag, []).append((event.step, value.simple_value))
-    assert started == [1, 11]
+    curves, begun = tensorboard(tmp_path)
+    assert begun == [1, 11]
     for name in ("train_loss", "test_accuracy"):
         expected = [(row["step"], pytest.approx(row[name])) for row in rows_of(tmp_path)]
-        assert curve[name] == expected and [step for step, _ in expected] == [5, 10, 15]
+        assert curves[name] == expected and [step for step, _ in expected] == [5, 10, 15]
 
 
 @pytest.mark.parametrize(

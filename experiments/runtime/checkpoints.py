@@ -7,9 +7,11 @@ import dataclasses
 import errno
 import io
 import json
+import logging
 import math
+import os
 import pathlib
-import re
+import shutil
 import sys
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from experiments.runtime.errors import UserError
+from experiments.runtime.errors import UserError, disk_is_full
 from experiments.runtime.mesh import leads, meet
 
 
@@ -73,6 +75,7 @@ class Checkpoints:
     def __init__(self, run_dir: pathlib.Path, keep: int):
         self._folder = run_dir.absolute() / "checkpoints"
         self._kept = _LastAndBest(keep)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
         with self._clear_errors():
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -103,6 +106,11 @@ class Checkpoints:
             self._kept.scores[step] = score
         about = json.dumps({"record": record, "scores": self._kept.scores, "bits": _bits(state)})
         with self._clear_errors():
+            self._manager.wait_until_finished()
+            # Seen beforehand, since orbax finds out halfway, with pages of tracebacks.
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            if shutil.disk_usage(self._folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -153,9 +161,8 @@ class Checkpoints:
 
     def _read(self, step: int, like: Any) -> tuple[Any, Any]:
         folder = self._folder / str(step)
-        saved = ocp.StandardCheckpointer().metadata(folder / "state")
-        saved = getattr(saved, "item_metadata", saved)
-        if difference := _difference(like, getattr(saved, "tree", saved)):
+        saved = ocp.StandardCheckpointHandler().metadata(folder / "state")
+        if difference := _difference(like, saved.tree):
             raise ValueError(
                 f"it is of another model: {difference}; resume with the options and the version "
                 "that the run was started with."
@@ -197,7 +204,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            if not _disk_is_full(error):
+            if not disk_is_full(error):
                 raise
             whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
             rest = f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
@@ -205,16 +212,6 @@ class Checkpoints:
                 f'the disk is full: no checkpoint can be written to "{self._folder}"; {rest}. '
                 f"Free some space and continue with --resume {self._folder.parent}"
             ) from None
-
-
-def _disk_is_full(error: BaseException | None) -> bool:
-    """Whether that is the cause, or the cause of the cause."""
-    while error is not None:
-        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-        if full or re.search("ENOSPC|EDQUOT|No space left|[Qq]uota exceeded", str(error)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
 
 
 def _bits(state: Any) -> Mapping[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
 
@@ -23,9 +24,26 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError into its sentence on stderr and exit status 2."""
+    """Turns a UserError, and a full disk, into a sentence on stderr and exit status 2."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(USER_ERROR) from None
+        sentence = str(error)
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        sentence = f"{error}. Free some space; a run is continued with --resume."
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(USER_ERROR)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is the error, or the cause of it."""
+    while error is not None:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "quota exceeded" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -40,6 +40,7 @@ class Metrics:
         self._event, self._scalar = Event, scalar
         self._write(file_version="brain.Event:2")
         self._write(step=step + 1, session_log=SessionLog(status=SessionLog.START))
+        self._records.flush()
 
     def epoch(self, row: Row) -> None:
         """Adds an epoch's row."""
