@@ -8,14 +8,14 @@ import sys
 SMALL = ["--model.conv", "standard", "--model.blocks", "1", "1", "1", "--image-size", "8"]
 
 
-def start(*arguments, env=None, main=("-m", "experiments.classification")):
+def start(*arguments, env):
     """Starts the classification experiment in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *main, *map(str, arguments)],
+        [sys.executable, "-m", "experiments.classification", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env={**os.environ, **(env or {})},
+        env={**os.environ, **env},
     )
 
 

@@ -13,16 +13,6 @@ import pytest
 from runs import SMALL, checkpoints_of, finish, rows_of, start, tensorboard
 
 
-@pytest.fixture(scope="module")
-def env(tmp_path_factory):
-    return {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
-
-
 def newest(folder):
     return max(checkpoints_of(folder), default=0)
 

@@ -103,7 +103,7 @@ def program(
         state=state,
         init=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
-            _train_step(model, recipe, update, rate, flips),
+            _train_step(model, recipe, mesh, update, rate, flips),
             donate_argnums=0,
             out_shardings=(shardings, whole(mesh)),
         ),
@@ -119,6 +119,7 @@ def normalize(images: UInt8[Array, ...]) -> Float[Array, ...]:
 def _train_step(
     model: nn.Module,
     recipe: Recipe,
+    mesh: Mesh,
     update: optax.GradientTransformation,
     rate: optax.Schedule,
     flips: bool,
@@ -169,8 +170,10 @@ def _train_step(
             images = augment(key, images, flip=flips)
         images = normalize(images)
         params, batch_stats = state.variables["params"], state.variables["batch_stats"]
+        # Where parameters lie in parts, XLA would exchange activations rather than gather them.
+        gathered = jax.lax.with_sharding_constraint(params, whole(mesh))
         compute = gradients_of if recipe.accumulate == 1 else in_parts
-        (loss, (batch_stats, accuracy)), gradients = compute(params, batch_stats, images, labels)
+        (loss, (batch_stats, accuracy)), gradients = compute(gathered, batch_stats, images, labels)
         changes, opt_state = update.update(gradients, state.opt_state, params)
         variables = {"params": optax.apply_updates(params, changes), "batch_stats": batch_stats}
         average = state.average
