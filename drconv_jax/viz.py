@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
 
-def region_indices(intermediates: Mapping[str, Any]) -> dict[str, Int[np.ndarray, batch * out]]:
+def region_indices(intermediates: Mapping[str, Any]) -> dict[str, Int[Array, batch * out]]:
     """The region indices that a network's DRConv layers have sown, by layer, in order of the call.
 
     Args:
@@ -21,7 +21,7 @@ def region_indices(intermediates: Mapping[str, Any]) -> dict[str, Int[np.ndarray
       Layer names, joined by "/", to indices.
     """
     return {
-        "/".join(path[:-1]): np.asarray(values[-1])
+        "/".join(path[:-1]): values[-1]
         for path, values in flatten_dict(dict(intermediates)).items()
         if path[-1] == "region_index"
     }

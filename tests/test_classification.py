@@ -14,11 +14,12 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments.classification.__main__ import Config, ModelConfig, main
-from experiments.runtime import data, loop
+from experiments.classification.__main__ import Arguments, Config, ModelConfig, main
+from experiments.runtime import data, loop, mesh
+from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import replacing
-from experiments.runtime.loop import TrainConfig
+from experiments.runtime.recipes import Recipe
 
 TINY = [
     "--model.blocks",
@@ -186,15 +187,21 @@ def test_a_class_without_a_readable_image(tree):
 @pytest.mark.parametrize(
     "config,option,value",
     [
-        (TrainConfig, "seed", -1),
-        (TrainConfig, "seed", 2**32),
-        (TrainConfig, "learning_rate", 0.0),
-        (TrainConfig, "learning_rate", float("nan")),
-        (TrainConfig, "learning_rate", float("inf")),
-        (TrainConfig, "warmup_epochs", -1.0),
-        (TrainConfig, "momentum", 1.0),
-        (TrainConfig, "weight_decay", -0.1),
-        (TrainConfig, "label_smoothing", 1.0),
+        (Recipe, "seed", -1),
+        (Recipe, "seed", 2**32),
+        (Recipe, "learning_rate", 0.0),
+        (Recipe, "learning_rate", float("nan")),
+        (Recipe, "learning_rate", float("inf")),
+        (Recipe, "warmup_epochs", -1.0),
+        (Recipe, "momentum", 1.0),
+        (Recipe, "weight_decay", -0.1),
+        (Recipe, "label_smoothing", 1.0),
+        (Recipe, "decay_rate", 0.0),
+        (Recipe, "ema", 1.0),
+        (Recipe, "accumulate", 0),
+        (CheckpointConfig, "every_steps", -1),
+        (CheckpointConfig, "every_minutes", float("inf")),
+        (CheckpointConfig, "keep", 0),
         (ModelConfig, "width", float("nan")),
         (ModelConfig, "blocks", (1, 0, 1)),
         (ModelConfig, "stem_strides", (0, 2)),
@@ -203,20 +210,22 @@ def test_a_class_without_a_readable_image(tree):
 )
 def test_a_value_out_of_range(config, option, value):
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    group = "train" if config is TrainConfig else "model"
+    group = {Recipe: "train", ModelConfig: "model", CheckpointConfig: "checkpoint"}[config]
     message = f"--{group}.{option.replace('_', '-')} must be .* got {shown}\\.$"
     with pytest.raises(UserError, match=message):
         config(**{option: value})
 
 
 def test_the_ends_of_the_ranges():
-    TrainConfig(seed=2**32 - 1, warmup_epochs=0, momentum=0, weight_decay=0, label_smoothing=0)
-    TrainConfig(seed=0)
+    Recipe(seed=2**32 - 1, warmup_epochs=0, momentum=0, weight_decay=0, label_smoothing=0)
+    Recipe(seed=0)
     ModelConfig(blocks=(1, 1, 1), stem_strides=(1, 1), regions=1)
 
 
 @pytest.fixture
 def in_process(monkeypatch, capsys):
+    monkeypatch.setattr(mesh, "join_processes", lambda placement: None)  # it is too late for that
+
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["classification", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:
@@ -237,7 +246,7 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_made(tree, tmp_path, in_proces
     (tmp_path / "file").write_text("mine")
     code, error = in_process("--run-dir", tmp_path / "file", *TINY)
     assert code == 2 and "is not a folder" in error
-    options = "--data", f"folder:{tree}", *TINY
+    options = "--data", f"folder:{tree}", *TINY, "--train.batch-size", 8
     code, error = in_process("--run-dir", tmp_path / "file" / "run", *options)
     assert code == 2 and "cannot be written to: " in error
     assert (tmp_path / "file").read_text() == "mine"
@@ -245,7 +254,7 @@ def test_a_run_folder_that_is_a_file_or_cannot_be_made(tree, tmp_path, in_proces
 
 class Linear(nn.Module):
     @nn.compact
-    def __call__(self, x, *, train):
+    def __call__(self, x, *, train=False):
         return nn.Dense(2)(jnp.mean(x, (1, 2)))
 
 
@@ -259,18 +268,20 @@ def standard_promotion():  # optax's
 @pytest.mark.parametrize("kept", ["first and a half", "nothing", "no file"])
 def test_resuming_with_lost_metrics(kept, tree, tmp_path):
     dataset = data.load(f"folder:{tree}", 8)
-    config = TrainConfig(epochs=2, batch_size=4, augment=False)
-    _, whole = loop.train(Linear(), dataset, config, tmp_path)
+    recipe = Recipe(epochs=2, batch_size=8, augment=False)
+
+    def train():
+        return loop.train(Linear(), dataset, recipe, tmp_path, mesh=mesh.make_mesh(), image_size=8)
+
+    _, whole = train()
     path = tmp_path / "metrics.jsonl"
     text = path.read_text()
     if kept == "no file":
         path.unlink()
     else:
         path.write_text(text[: text.index("\n") + 20] if kept != "nothing" else "")
-    _, resumed = loop.train(Linear(), dataset, config, tmp_path)
-    assert resumed["epoch"] == 2 and resumed["test_accuracy"] == whole["test_accuracy"]
-    rows = [json.loads(line)["epoch"] for line in path.read_text().splitlines()]
-    assert rows == ([1, 2] if kept == "first and a half" else [2])
+    _, resumed = train()
+    assert resumed == whole and path.read_text() == text
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -307,11 +318,18 @@ def test_help_explains_every_option():
         option, *_ = re.findall(r"--[a-z][a-z.-]+", part)
         words = re.sub(r".*--[a-z.-]+ (\{\S+\}\S*|[A-Z]+ )*", "", part)
         explained[option] = words.split()
-    names = [
+    groups = {
+        "": (Config, Arguments, mesh.Placement),
+        "model.": (ModelConfig,),
+        "train.": (Recipe,),
+        "checkpoint.": (CheckpointConfig,),
+    }
+    names = {
         f"--{prefix}{field.name.replace('_', '-')}"
-        for prefix, config in (("", Config), ("model.", ModelConfig), ("train.", TrainConfig))
-        for field in dataclasses.fields(config)
-        if field.name not in ("model", "train")
-    ]
-    assert set(explained) == {*names, "--run-dir", "--resume"}
+        for prefix, kinds in groups.items()
+        for kind in kinds
+        for field in dataclasses.fields(kind)
+        if field.name not in ("model", "train", "checkpoint", "config", "placement")
+    }
+    assert set(explained) == names
     assert all(len(words) >= 2 for words in explained.values())

@@ -1,36 +1,43 @@
 """Trains a network, with DRConv or plain, to classify images.
 
 Without arguments: a small DR-ShuffleNetV2 on scikit-learn's handwritten digits, in a few minutes on
-a CPU. The run's folder gets config.json, metrics.jsonl, checkpoints/, report.json and
-guide_masks.png.
+a CPU. The run's folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, report.json and
+guide_masks.png. Exit status: 0 when the run is done, 2 for a mistake that is the user's to mend, 75
+when SIGTERM stopped the run and it can be resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import pathlib
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tyro
 from flax import linen as nn
+from jax.sharding import Mesh
 
 from drconv_jax import viz
 from experiments.classification.model import ModelConfig
-from experiments.runtime import data
+from experiments.runtime import configs, data
+from experiments.runtime import mesh as meshes
+from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import UserError, exit_on_user_error
 from experiments.runtime.files import replacing, write_text
-from experiments.runtime.loop import TrainConfig, TrainState, normalize, steps_per_epoch, train
+from experiments.runtime.loop import steps_per_epoch, train
+from experiments.runtime.recipes import RECIPES, Recipe
+from experiments.runtime.training import normalize
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Trains a network, with DRConv or plain, to classify images."""
+    """What a run is; saved with it."""
 
     data: str = "digits"
     """"digits" (embedded), or folder:PATH, a tree train/CLASS/x.jpg and test|val/CLASS/x.jpg or a
@@ -38,33 +45,65 @@ class Config:
     image_size: int = 32
     """Images are resized to this many pixels a side."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
-    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    train: Recipe = dataclasses.field(default_factory=Recipe)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+PRESETS = {
+    "small": Config(train=RECIPES["small"]),
+    "imagenet": Config(
+        image_size=224, model=ModelConfig("dr_shufflenet_v2_x0_5"), train=RECIPES["imagenet"]
+    ),
+    "mobilenet": Config(
+        image_size=224, model=ModelConfig("dr_mobilenet_v2_x1_0"), train=RECIPES["mobilenet"]
+    ),
+}
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments:
+class _Chosen:
+    """The preset that all other options start from."""
+
+    recipe: Literal[small, imagenet, mobilenet] = "small"
+    """What all other options start from: "imagenet" trains as the ShuffleNetV2 paper does,
+    "mobilenet" as torchvision trains MobileNetV2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(_Chosen):
     """Trains a network, with DRConv or plain, to classify images."""
 
+    show: bool = False
+    """Only print all options, and where they differ from the recipe's."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
     run_dir: pathlib.Path | None = None
     """Folder for this run, which must not hold one yet; default: runs/ and the time."""
+    auto_resume: bool = False
+    """If --run-dir holds a run of these very options, continue it."""
     resume: pathlib.Path | None = None
     """Continue the run in this folder, with the options it was started with."""
+    placement: Annotated[meshes.Placement, tyro.conf.arg(name="")] = dataclasses.field(
+        default_factory=meshes.Placement
+    )
 
 
 def main() -> None:
     """The command."""
-    with exit_on_user_error():
-        arguments = tyro.cli(
-            Arguments, prog="python -m experiments.classification", description=__doc__
-        )
+    with meshes.leaving_at_once(), exit_on_user_error():
+        arguments = _parse()
+        if arguments.show:
+            preset = arguments.recipe
+            print(configs.shown(arguments.config, PRESETS[preset], preset))
+            return
+        meshes.join_processes(arguments.placement)
         if arguments.resume is None:
-            run(arguments.config, _new_folder(arguments))
+            config, run_dir = arguments.config, _folder(arguments)
         else:
-            run(_resumed_config(arguments), arguments.resume)
+            config, run_dir = _resumed_config(arguments), arguments.resume
+        run(config, run_dir, meshes.make_mesh(arguments.placement.fsdp))
 
 
-def run(config: Config, run_dir: pathlib.Path) -> None:
+def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
     """Trains by `config` in `run_dir`, continuing what is there, and writes the report."""
     dataset = data.load(config.data, config.image_size)
     for line in dataset.skipped[:5]:
@@ -77,29 +116,45 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
     except (ValueError, ArithmeticError) as error:
         raise UserError(f"--model: {error}") from None
     steps_per_epoch(dataset, config.train)
-    config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_text(run_dir / "config.json", config_text)
-    except OSError as error:
-        raise UserError(
-            f'--run-dir: "{run_dir}" cannot be written to: {error.strerror or error}.'
-        ) from None
-    print(
-        f"{len(dataset.train.labels):,} training and {len(dataset.test.labels):,} test images in "
-        f"{len(dataset.classes)} classes; run folder {run_dir}"
-    )
+    meshes.check_batch(config.train.batch_size, mesh, config.train.accumulate)
+    meshes.meet("all processes have looked at the run's folder")
+    leads = meshes.leads()
+    if leads:
+        config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            write_text(run_dir / "config.json", config_text)
+        except OSError as error:
+            raise UserError(
+                f'--run-dir: "{run_dir}" cannot be written to: {error.strerror or error}.'
+            ) from None
+        print(
+            f"{len(dataset.train):,} training and {len(dataset.test):,} test images in "
+            f"{len(dataset.classes)} classes; run folder {run_dir}"
+        )
+    meshes.meet("the run's folder is there")
     start = time.time()
-    state, metrics = train(model, dataset, config.train, run_dir)
+    state, metrics = train(
+        model,
+        dataset,
+        config.train,
+        run_dir,
+        mesh=mesh,
+        image_size=config.image_size,
+        checkpoint=config.checkpoint,
+    )
+    variables = meshes.on_host(state.variables, mesh)
+    if not leads:
+        return
     report = {
         **metrics,
         "seconds": time.time() - start,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "skipped_images": len(dataset.skipped),
         "skipped": list(dataset.skipped),
     }
     if config.model.has_guide:
-        _draw_guide_masks(model, state, dataset, config.model.regions, run_dir)
+        _draw_guide_masks(model, variables, dataset, config.model.regions, run_dir)
     write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"test accuracy {metrics['test_accuracy']:.4f} after {metrics['epoch']} epochs, "
@@ -108,17 +163,37 @@ def run(config: Config, run_dir: pathlib.Path) -> None:
     )
 
 
-def _new_folder(arguments: Arguments) -> pathlib.Path:
-    config = arguments.config
-    name = f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = arguments.run_dir or pathlib.Path("runs") / "classification" / name
+def _parse() -> Arguments:
+    """The arguments, whose defaults are those of the recipe among them."""
+    program = "python -m experiments.classification"
+    chosen, _ = tyro.cli(_Chosen, prog=program, return_unknown_args=True, add_help=False)
+    default = Arguments(recipe=chosen.recipe, config=PRESETS[chosen.recipe])
+    return tyro.cli(Arguments, prog=program, description=__doc__, default=default)
+
+
+def _folder(arguments: Arguments) -> pathlib.Path:
+    """The folder of a run that begins, or of one that --auto-resume continues."""
+    config, run_dir = arguments.config, arguments.run_dir
+    if run_dir is None:
+        if arguments.auto_resume or jax.process_count() > 1:
+            raise UserError("--run-dir must be given with --auto-resume and several processes.")
+        name = f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        return pathlib.Path("runs") / "classification" / name
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f'--run-dir: "{run_dir}" is not a folder; name another.')
     if (run_dir / "config.json").exists():
-        raise UserError(
-            f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, or '
-            "name another folder."
-        )
+        if not arguments.auto_resume:
+            raise UserError(
+                f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, '
+                "or name another folder."
+            )
+        if changed := configs.differences(config, _read_config("--auto-resume", run_dir)):
+            options = ", ".join(f"{k} is {old}, not {new}" for k, (new, old) in changed.items())
+            raise UserError(
+                f'--auto-resume: the run in "{run_dir}" has other options: {options}; give these, '
+                "or name another folder."
+            )
+        return run_dir
     for name in ("checkpoints", "metrics.jsonl"):
         if (run_dir / name).exists():
             raise UserError(
@@ -129,40 +204,41 @@ def _new_folder(arguments: Arguments) -> pathlib.Path:
 
 
 def _resumed_config(arguments: Arguments) -> Config:
-    if arguments != Arguments(resume=arguments.resume):
-        raise UserError("--resume takes the run's own options; give no other option with it.")
-    path = pathlib.Path(str(arguments.resume)) / "config.json"
-    if not path.exists():
-        raise UserError(f'--resume: there is no run in "{arguments.resume}" (no config.json).')
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        model = dict(values.pop("model"))
-        model = {k: tuple(v) if isinstance(v, list) else v for k, v in model.items()}
-        return Config(
-            model=ModelConfig(**model), train=TrainConfig(**values.pop("train")), **values
+    if arguments != Arguments(resume=arguments.resume, placement=arguments.placement):
+        raise UserError(
+            "--resume takes the run's own options; give no other option with it but where to run."
         )
+    return _read_config("--resume", pathlib.Path(str(arguments.resume)))
+
+
+def _read_config(option: str, run_dir: pathlib.Path) -> Config:
+    path = run_dir / "config.json"
+    if not path.exists():
+        raise UserError(f'{option}: there is no run in "{run_dir}" (no config.json).')
+    try:
+        return configs.from_json(Config, json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
-            f'--resume: "{path}" is not the config of a run of this version: {error}.'
+            f'{option}: "{path}" is not the config of a run of this version: {error}.'
         ) from None
 
 
 def _draw_guide_masks(
-    model: nn.Module, state: TrainState, dataset: data.Dataset, regions: int, run_dir: pathlib.Path
+    model: nn.Module,
+    variables: dict[str, Any],
+    dataset: data.Dataset,
+    regions: int,
+    run_dir: pathlib.Path,
 ) -> None:
     chosen = np.unique(dataset.test.labels, return_index=True)[1][:6]
     images, labels = dataset.test.images[chosen], dataset.test.labels[chosen]
-    _, intermediates = model.apply(
-        {"params": state.params, "batch_stats": state.batch_stats},
-        normalize(jnp.asarray(images)),
-        train=False,
-        mutable="intermediates",
-    )
+    apply = jax.jit(functools.partial(model.apply, train=False, mutable="intermediates"))
+    _, intermediates = apply(variables, normalize(jnp.asarray(images)))
     with replacing(run_dir / "guide_masks.png") as temporary:
         viz.save_guide_masks(
             temporary,
             images / 255,
-            viz.region_indices(intermediates["intermediates"]),
+            jax.device_get(viz.region_indices(intermediates["intermediates"])),
             regions,
             [dataset.classes[label] for label in labels],
         )

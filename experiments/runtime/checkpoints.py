@@ -1,70 +1,248 @@
-"""Checkpoints of a run, by orbax."""
+"""Checkpoints of a run, by orbax: written in the background, there whole or not at all."""
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import errno
+import io
+import json
+import logging
+import math
+import os
 import pathlib
+import shutil
+import sys
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
 
-from experiments.runtime.errors import UserError
+from experiments.runtime.errors import UserError, disk_is_full
+from experiments.runtime.mesh import leads, meet
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """When checkpoints are made besides that after every epoch, and how many are kept."""
+
+    every_steps: int = 0
+    """Steps from one to the next within an epoch; 0 for none."""
+    every_minutes: float = 10.0
+    """Minutes from one to the next within an epoch; 0 for none."""
+    keep: int = 2
+    """How many of the last are kept; the best is kept too."""
+
+    def __post_init__(self) -> None:
+        for name, within, allowed in (
+            ("every_steps", self.every_steps >= 0, "at least 0"),
+            ("every_minutes", 0 <= self.every_minutes < math.inf, "at least 0 and finite"),
+            ("keep", self.keep >= 1, "at least 1"),
+        ):
+            if not within:
+                option = name.replace("_", "-")
+                raise UserError(
+                    f"--checkpoint.{option} must be {allowed}, got {getattr(self, name)}."
+                )
+
+
+@dataclasses.dataclass
+class _LastAndBest:
+    """Which checkpoints are kept (orbax's PreservationPolicy)."""
+
+    last: int
+    scores: dict[int, float] = dataclasses.field(default_factory=dict)
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        del context
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        scored = [step for step in steps if step in self.scores]
+        kept = {*steps[-self.last :], *sorted(scored, key=self.scores.__getitem__)[-1:]}
+        return [step in kept for step in steps]
 
 
 class Checkpoints:
-    """The checkpoints in a run's folder, the last two kept."""
+    """The checkpoints in a run's folder.
 
-    def __init__(self, run_dir: pathlib.Path):
-        self._folder = run_dir / "checkpoints"
-        self._manager = ocp.CheckpointManager(
-            self._folder.absolute(), options=ocp.CheckpointManagerOptions(max_to_keep=2)
-        )
+    A checkpoint holds the training state, and a record: whatever else the run must know to go on,
+    as JSON. It also holds sums over the bits of both, by which damage is found.
+    """
 
-    def save(self, step: int, state: Any) -> None:
-        """Begins to save; the newest save is whole once `close` has returned."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+    def __init__(self, run_dir: pathlib.Path, keep: int):
+        self._folder = run_dir.absolute() / "checkpoints"
+        self._kept = _LastAndBest(keep)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
+        with self._clear_errors():
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=self._kept, cleanup_tmp_directories=True
+                ),
+            )
 
-    def restore(self, like: Any) -> Any | None:
-        """The newest checkpoint, or None where there is none.
+    @property
+    def newest(self) -> pathlib.Path | None:
+        """The newest checkpoint that is whole or being written."""
+        step = self._manager.latest_step()
+        return None if step is None else self._folder / str(step)
+
+    def save(self, step: int, state: Any, record: Any, score: float | None = None) -> None:
+        """Begins to save, once the save before is finished.
 
         Args:
-          like: a state of the shapes to be restored.
+          step: names the checkpoint.
+          state: arrays.
+          record: JSON.
+          score: the higher, the better; None is not ranked.
 
         Raises:
-          UserError: the checkpoint is of another model.
+          UserError: it cannot be written, or the one before could not.
         """
-        step = self._manager.latest_step()
-        if step is None:
-            return None
-        saved = ocp.StandardCheckpointer().metadata(
-            (self._folder / str(step) / "default").absolute()
-        )
-        saved = getattr(saved, "item_metadata", saved)
-        difference = _difference(like, getattr(saved, "tree", saved))
-        if difference:
-            raise UserError(
-                f'the checkpoint "{self._folder / str(step)}" is of another model: {difference}; '
-                "resume with the options and the version that the run was started with."
+        if score is not None:
+            self._kept.scores[step] = score
+        about = json.dumps({"record": record, "scores": self._kept.scores, "bits": _bits(state)})
+        with self._clear_errors():
+            self._manager.wait_until_finished()
+            # Seen beforehand, since orbax finds out halfway, with pages of tracebacks.
+            needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+            if shutil.disk_usage(self._folder).free < needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    about=ocp.args.JsonSave({"json": about, "crc32": zlib.crc32(about.encode())}),
+                ),
             )
-        shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-        return self._manager.restore(step, args=ocp.args.StandardRestore(shapes))
+
+    def check(self) -> None:
+        """Raises what a save in the background has met, as `save` would."""
+        with self._clear_errors():
+            self._manager.check_for_errors()
+
+    def restore(self, like: Any) -> tuple[Any, Any] | None:
+        """The state and the record of the newest checkpoint that is not damaged.
+
+        A damaged one is named on stderr and put aside.
+
+        Args:
+          like: shapes of the state, and where its arrays shall lie.
+
+        Returns:
+          None where there is no checkpoint.
+
+        Raises:
+          UserError: none can be read, being damaged or of another model.
+        """
+        unreadable: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                read = self._read(step, like)
+            except Exception as error:  # damage shows in many ways
+                unreadable[step] = " ".join(str(error).split())[:300] or type(error).__name__
+            else:
+                for damaged, reason in unreadable.items():
+                    self._put_aside(damaged, reason)
+                return read
+        if unreadable:
+            step, reason = next(iter(unreadable.items()))
+            raise UserError(f'the checkpoint "{self._folder / str(step)}" cannot be read: {reason}')
+        return None
 
     def close(self) -> None:
-        """Waits for what is being saved."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits for what is being saved; raises as `save` does."""
+        with self._clear_errors():
+            self._manager.wait_until_finished()
+            self._manager.close()
+
+    def _read(self, step: int, like: Any) -> tuple[Any, Any]:
+        folder = self._folder / str(step)
+        saved = ocp.StandardCheckpointHandler().metadata(folder / "state")
+        if difference := _difference(like, saved.tree):
+            raise ValueError(
+                f"it is of another model: {difference}; resume with the options and the version "
+                "that the run was started with."
+            )
+        # Where one array cannot be read, orbax's reads of the others complain on stderr.
+        with contextlib.redirect_stderr(io.StringIO()):
+            read = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like), about=ocp.args.JsonRestore()
+                ),
+            )
+        about = read.about["json"]
+        if zlib.crc32(about.encode()) != read.about["crc32"]:
+            raise ValueError("its record is not what was written")
+        about = json.loads(about)
+        if about["bits"] != _bits(read.state):
+            raise ValueError("its arrays are not what was written")
+        self._kept.scores = {int(step): score for step, score in about["scores"].items()}
+        return read.state, about["record"]
+
+    def _put_aside(self, step: int, reason: str) -> None:
+        damaged, aside = (
+            self._folder / str(step),
+            self._folder.parent / f"damaged-checkpoint-{step}",
+        )
+        meet(f"checkpoint {step} is damaged")
+        if leads():
+            damaged.rename(aside)
+        meet(f"checkpoint {step} is put aside")
+        self._manager.reload()
+        print(
+            f'warning: the checkpoint "{damaged}" is damaged and now "{aside.name}": {reason}',
+            file=sys.stderr,
+        )
+
+    @contextlib.contextmanager
+    def _clear_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if not disk_is_full(error):
+                raise
+            whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
+            rest = f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"
+            raise UserError(
+                f'the disk is full: no checkpoint can be written to "{self._folder}"; {rest}. '
+                f"Free some space and continue with --resume {self._folder.parent}"
+            ) from None
+
+
+def _bits(state: Any) -> Mapping[str, int]:
+    """A weighted sum over the bytes of every array; a change of one byte always changes it."""
+    leaves = {jax.tree_util.keystr(path): leaf for path, leaf in _leaves(state)}
+    return {name: int(total) for name, total in jax.device_get(_sums(leaves)).items()}
+
+
+@jax.jit
+def _sums(leaves: dict[str, Array]) -> dict[str, UInt32[Array, ""]]:
+    def weighted_sum(leaf: Array) -> UInt32[Array, ""]:
+        data = jax.lax.bitcast_convert_type(leaf, jnp.uint8).astype(jnp.uint32)
+        weights = 2 * jnp.arange(data.size, dtype=jnp.uint32) + 1  # odd: none is lost modulo 2^32
+        return (data * weights.reshape(data.shape)).sum(dtype=jnp.uint32)
+
+    return jax.tree.map(weighted_sum, leaves)
+
+
+def _leaves(tree: Any) -> list[tuple[Any, Any]]:
+    return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))[
+        0
+    ]
 
 
 def _difference(like: Any, saved: Any) -> str:
     def shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-        leaves = jax.tree_util.tree_flatten_with_path(
-            tree, is_leaf=lambda node: hasattr(node, "shape")
-        )[0]
         return {
             "/".join(
                 str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k)))) for k in path
-            ): (tuple(leaf.shape))
-            for path, leaf in leaves
+            ): tuple(leaf.shape)
+            for path, leaf in _leaves(tree)
             if getattr(leaf, "shape", None) is not None
         }
 

@@ -9,7 +9,7 @@ import os
 import pathlib
 import threading
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import jax
 import numpy as np
@@ -29,6 +29,13 @@ class Split:
 
     images: UInt8[np.ndarray, "count size size 3"]
     labels: Int[np.ndarray, count]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def name_of(self, index: int) -> str:
+        """Which sample it is."""
+        return f"image {index}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,15 +74,6 @@ def load(source: str, size: int) -> Dataset:
     if kind == "folder" and path:
         return _folder(pathlib.Path(path), size)
     raise UserError(f'--data must be "digits" or "folder:PATH", got "{source}".')
-
-
-def batches(
-    split: Split, batch_size: int, *, order: Int[np.ndarray, count]
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Full batches in the given order; what is left over at the end is left out."""
-    for start in range(0, len(order) - batch_size + 1, batch_size):
-        chosen = order[start : start + batch_size]
-        yield split.images[chosen], split.labels[chosen]
 
 
 def augment(

@@ -1,21 +1,49 @@
-"""Mistakes that are the user's to mend: one sentence, exit status 2."""
+"""How a command ends early, and with which exit status."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import sys
 from collections.abc import Iterator
+
+USER_ERROR = 2
+PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
 
 
 class UserError(Exception):
     """Something in what the user asked for is wrong; the message says what and how to mend it."""
 
 
+class Preempted(SystemExit):
+    """The run was told to stop, has saved where it stands, and can be continued."""
+
+    def __init__(self) -> None:
+        super().__init__(PREEMPTED)
+
+
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError into its sentence on stderr and exit status 2."""
+    """Turns a UserError, and a full disk, into a sentence on stderr and exit status 2."""
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        sentence = str(error)
+    except OSError as error:
+        if not disk_is_full(error):
+            raise
+        sentence = f"{error}. Free some space; a run is continued with --resume."
+    else:
+        return
+    print(f"error: {sentence}", file=sys.stderr)
+    raise SystemExit(USER_ERROR)
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether that is the error, or the cause of it."""
+    while error is not None:
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+        if full or "No space left" in str(error) or "quota exceeded" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -8,311 +8,320 @@ import json
 import math
 import pathlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import linen as nn
-from flax import struct
+from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.runtime.checkpoints import Checkpoints
-from experiments.runtime.data import Dataset, augment, batches
-from experiments.runtime.errors import UserError
+from experiments.runtime import mesh as meshes
+from experiments.runtime import pipeline, preemption, regions
+from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
+from experiments.runtime.data import Dataset
+from experiments.runtime.errors import Preempted, UserError
 from experiments.runtime.files import write_text
+from experiments.runtime.metrics import Metrics, Row
+from experiments.runtime.recipes import Recipe
+from experiments.runtime.training import Program, Results, TrainState, program
+
+T = TypeVar("T")
+
+# Steps between two points of a curve in TensorBoard.
+_CURVE_EVERY = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """How to train."""
+@dataclasses.dataclass
+class Record:
+    """What a run must know to go on, besides its state.
 
-    epochs: int = 15
-    """Passes over the training split."""
-    batch_size: int = 64
-    """Images in a step."""
-    learning_rate: float = 0.1
-    """Peak of the schedule: linear warm-up, then a cosine down to zero."""
-    warmup_epochs: float = 1.0
-    """Length of the warm-up."""
-    momentum: float = 0.9
-    """Of SGD."""
-    weight_decay: float = 4e-5
-    """On everything but norms and biases."""
-    label_smoothing: float = 0.1
-    """Of the training loss."""
-    augment: bool = True
-    """Pad and crop at random; image folders are also mirrored."""
-    seed: int = 0
-    """Of initial values, order and augmentation."""
+    Attributes:
+      pipeline: where the input pipeline stands.
+      rows: the metrics of the epochs that are done.
+      steps: steps taken in the epoch under way.
+      loss, accuracy, seconds: sums over these steps.
+    """
 
-    def __post_init__(self) -> None:
-        for name, within, allowed in (
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("batch_size", self.batch_size >= 1, "at least 1"),
-            ("learning_rate", 0 < self.learning_rate < math.inf, "positive and finite"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0 and finite"),
-            ("momentum", 0 <= self.momentum < 1, "at least 0 and less than 1"),
-            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0 and finite"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and less than 1"),
-            ("seed", 0 <= self.seed < 2**32, "between 0 and 4294967295"),
-        ):
-            if not within:
-                option = name.replace("_", "-")
-                raise UserError(f"--train.{option} must be {allowed}, got {getattr(self, name)}.")
+    pipeline: Any = None
+    rows: list[Row] = dataclasses.field(default_factory=list)
+    steps: int = 0
+    loss: float = 0.0
+    accuracy: float = 0.0
+    seconds: float = 0.0
 
 
-class TrainState(struct.PyTreeNode):
-    """All that changes in training."""
-
-    step: jax.Array
-    params: Any
-    batch_stats: Any
-    opt_state: optax.OptState
-
-
-def steps_per_epoch(dataset: Dataset, config: TrainConfig) -> int:
+def steps_per_epoch(dataset: Dataset, recipe: Recipe) -> int:
     """Full batches in the training split.
 
     Raises:
       UserError: there is none.
     """
-    images = len(dataset.train.labels)
-    if config.batch_size > images:
+    images = len(dataset.train)
+    if recipe.batch_size > images:
         raise UserError(
             f"--train.batch-size must be at most the {images} training images, got "
-            f"{config.batch_size}."
+            f"{recipe.batch_size}."
         )
-    return images // config.batch_size
+    return images // recipe.batch_size
 
 
 def train(
-    model: nn.Module, dataset: Dataset, config: TrainConfig, run_dir: pathlib.Path
-) -> tuple[TrainState, dict[str, float]]:
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    run_dir: pathlib.Path,
+    *,
+    mesh: Mesh,
+    image_size: int,
+    checkpoint: CheckpointConfig = CheckpointConfig(),
+) -> tuple[TrainState, Row]:
     """Trains from where the run's folder stands, and evaluates after every epoch.
+
+    Stopped by SIGTERM, it saves where it stands; called again, it goes on as if it had never been
+    stopped. Of several processes, each calls this with a folder that all of them see.
 
     Args:
       model: called as `model.apply(variables, images, train=...)`.
       dataset: the data.
-      config: how to train.
-      run_dir: where checkpoints and `metrics.jsonl` are kept.
+      recipe: how to train.
+      run_dir: where checkpoints, `metrics.jsonl` and `tensorboard/` are kept.
+      mesh: where to train.
+      image_size: pixels a side.
+      checkpoint: when to save.
 
     Returns:
       The last state, and the metrics of the last epoch.
 
     Raises:
-      UserError: a batch is larger than the training split, or the checkpoint does not fit.
+      UserError: the batch does not fit the data or the devices, the loss is not finite, no
+        checkpoint can be read, or the disk is full.
+      Preempted: SIGTERM came.
     """
-    steps = steps_per_epoch(dataset, config)
-    optimizer = _optimizer(config, steps)
-    state = _init(model, dataset, optimizer, config.seed)
-    checkpoints = Checkpoints(run_dir)
-    state = checkpoints.restore(state) or state
-    train_step = jax.jit(
-        _train_step(model, optimizer, config, dataset.flips), donate_argnames="state"
+    meshes.check_batch(recipe.batch_size, mesh, recipe.accumulate)
+    steps = steps_per_epoch(dataset, recipe)
+    if meshes.leads():
+        print(
+            f"global batch {recipe.batch_size:,} on {mesh.size:,} devices of {jax.process_count()} "
+            f"processes, {recipe.batch_size // mesh.size:,} on each"
+        )
+    compiled = program(
+        model,
+        recipe,
+        mesh,
+        image_size=image_size,
+        steps_per_epoch=steps,
+        flips=dataset.flips,
     )
-    eval_step = jax.jit(_eval_step(model))
-    done = int(state.step) // steps
-    metrics = _read_metrics(run_dir, done)
-    if done and (not metrics or metrics[-1]["epoch"] != done):  # its row was lost
-        scores = evaluate(eval_step, state, dataset, config.batch_size)
-        metrics.append({"epoch": done, "step": int(state.step), **scores})
-    console = Console()
-    _write_metrics(run_dir, metrics)
-    with (
-        _progress(console) as progress,
-        open(run_dir / "metrics.jsonl", "a", encoding="utf-8") as log,
+    with preemption.noticed() as preempted:
+        return _Run(compiled, dataset, recipe, run_dir, steps, checkpoint, preempted).finish()
+
+
+class _Run:
+    """A run under way. All processes take the same turns at the same step."""
+
+    def __init__(
+        self,
+        compiled: Program,
+        dataset: Dataset,
+        recipe: Recipe,
+        run_dir: pathlib.Path,
+        steps_per_epoch: int,
+        checkpoint: CheckpointConfig,
+        preempted: Callable[[], bool],
     ):
-        task = progress.add_task("", total=config.epochs * steps, completed=done * steps, shown="")
-        for epoch in range(done, config.epochs):
-            order = np.random.default_rng((config.seed, epoch)).permutation(
-                len(dataset.train.labels)
+        self.compiled, self.dataset, self.recipe = compiled, dataset, recipe
+        self.run_dir, self.steps_per_epoch = run_dir, steps_per_epoch
+        self.checkpoint, self.preempted = checkpoint, preempted
+        self.share = {
+            "global_batch_size": recipe.batch_size,
+            "process_index": jax.process_index(),
+            "process_count": jax.process_count(),
+        }
+        self.batches = pipeline.training_batches(dataset.train, seed=recipe.seed, **self.share)
+        self.wishes = meshes.Wishes(compiled.mesh)
+        self.checkpoints = Checkpoints(run_dir, checkpoint.keep)
+        restored = self.checkpoints.restore(compiled.state)
+        if restored is None:
+            self.state, self.record = compiled.init(), Record()
+        else:
+            self.state, self.record = restored[0], Record(**restored[1])
+            self.batches.set_state(self.record.pipeline)
+        self.step = int(self.state.step)
+        self.saved = time.monotonic()
+
+    def finish(self) -> tuple[TrainState, Row]:
+        """Trains to the end."""
+        with contextlib.ExitStack() as stack:
+            self.metrics: Metrics | None = None
+            if meshes.leads():
+                self.metrics = Metrics(self.run_dir, self.record.rows, self.step)
+                stack.callback(self.metrics.close)
+            total = self.recipe.epochs * self.steps_per_epoch
+            self.progress = stack.enter_context(_progress(Console(quiet=not meshes.leads())))
+            self.task = self.progress.add_task("", total=total, completed=self.step, shown="")
+            while len(self.record.rows) < self.recipe.epochs:
+                self._train_epoch()
+                self._end_epoch()
+        self.checkpoints.close()
+        return self.state, self.record.rows[-1]
+
+    def _train_epoch(self) -> None:
+        """Takes the steps that are left of the epoch."""
+        self.mark = time.perf_counter()
+        pending: tuple[int, Results, np.ndarray] | None = None
+        for number in range(self.record.steps + 1, self.steps_per_epoch + 1):
+            batch = next(self.batches)
+            index = batch.pop("index")
+            self.state, results = self.compiled.train_step(
+                self.state, meshes.on_devices(batch, self.compiled.mesh)
             )
-            start, sums = time.perf_counter(), np.zeros(2)
-            pending: dict[str, jax.Array] = {}
-            for number, batch in enumerate(
-                batches(dataset.train, config.batch_size, order=order), start=1
-            ):
-                state, result = train_step(state=state, batch=batch)
-                if pending:  # one step behind, so that the device is never waited for
-                    sums += float(pending["loss"]), float(pending["accuracy"])
-                    speed = number * config.batch_size / (time.perf_counter() - start)
-                    loss, accuracy = sums / (number - 1)
-                    shown = _shown(loss, accuracy, speed)
-                    progress.update(
-                        task,
-                        advance=1,
-                        description=f"epoch {epoch + 1}/{config.epochs}",
-                        shown=shown,
-                    )
-                pending = result
-            sums += float(pending["loss"]), float(pending["accuracy"])
-            progress.update(task, advance=1)
-            seconds = time.perf_counter() - start
-            loss, accuracy = sums / steps
-            if not np.isfinite(loss):
-                raise UserError(
-                    f"the loss is {loss} in epoch {epoch + 1}; lower --train.learning-rate (now "
-                    f"{config.learning_rate})."
-                )
-            row = {
-                "epoch": epoch + 1,
-                "step": int(state.step),
-                "train_loss": loss,
-                "train_accuracy": accuracy,
-                "images_per_second": steps * config.batch_size / seconds,
-                **evaluate(eval_step, state, dataset, config.batch_size),
-            }
-            metrics.append(row)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
-            checkpoints.save(int(state.step), state)
-            progress.console.print(
-                f"epoch {epoch + 1:3d}  loss {loss:.3f}  train {accuracy:.3f}  "
-                f"test {row['test_accuracy']:.4f}  {row['images_per_second']:,.0f} images/s"
+            self.step += 1
+            stop, save = self.wishes.exchange(self.preempted(), self._overdue())
+            if pending:  # one step behind, so that the device is never waited for
+                self._settle(*pending)
+            pending = self.step, results, index
+            every = self.checkpoint.every_steps
+            due = number < self.steps_per_epoch and (save or (every and self.step % every == 0))
+            if stop or due:
+                self._settle(*pending)
+                pending = None
+                self._save()
+            if stop:
+                self._leave()
+        if pending:
+            self._settle(*pending)
+
+    def _settle(self, step: int, results: Results, index: np.ndarray) -> None:
+        """Takes note of a step's results.
+
+        Raises:
+          UserError: they are not finite.
+        """
+        values = {name: float(value) for name, value in jax.device_get(results).items()}
+        if not math.isfinite(values["loss"] + values["gradient_norm"]):
+            self._refuse(step, values, index)
+        now, record = time.perf_counter(), self.record
+        record.seconds += now - self.mark
+        self.mark = now
+        record.steps += 1
+        record.loss += values["loss"]
+        record.accuracy += values["accuracy"]
+        if self.metrics and step % _CURVE_EVERY == 0:
+            self.metrics.scalars(step, {"step": values})
+        self.progress.update(
+            self.task,
+            advance=1,
+            description=f"epoch {len(record.rows) + 1}/{self.recipe.epochs}",
+            shown=_shown(record.loss / record.steps, record.accuracy / record.steps, self._speed()),
+        )
+        self.checkpoints.check()
+
+    def _end_epoch(self) -> None:
+        record = self.record
+        scores = self._evaluate(self.state.variables)
+        row: Row = {
+            "epoch": len(record.rows) + 1,
+            "step": self.step,
+            "train_loss": record.loss / record.steps,
+            "train_accuracy": record.accuracy / record.steps,
+            "images_per_second": self._speed(),
+            **scores,
+        }
+        if self.state.average is not None:
+            average = self._evaluate(self.state.average)
+            row |= {f"average_{name}": average[name] for name in ("test_loss", "test_accuracy")}
+        best = row.get("average_test_accuracy", row["test_accuracy"])
+        self.record = Record(rows=[*record.rows, row])
+        if self.metrics:
+            self.metrics.epoch(row)
+        self._save(best)
+        average_shown = f"  average {best:.4f}" if self.state.average is not None else ""
+        self.progress.console.print(
+            f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  "
+            f"train {row['train_accuracy']:.3f}  test {row['test_accuracy']:.4f}{average_shown}  "
+            f"{row['images_per_second']:,.0f} images/s"
+        )
+        for layer in regions.collapsed(row["regions"]):
+            self.progress.console.print(
+                f"warning: the guide of {layer} has collapsed: one of its "
+                f"{row['regions'][layer]['of']} regions is in use",
+                soft_wrap=True,
             )
-    checkpoints.close()
-    return state, metrics[-1]
 
-
-def evaluate(
-    eval_step: Callable[..., dict[str, jax.Array]],
-    state: TrainState,
-    dataset: Dataset,
-    batch_size: int,
-) -> dict[str, float]:
-    """Mean loss and accuracy over the whole held-out split."""
-    images, labels = dataset.test.images, dataset.test.labels
-    totals = np.zeros(2)
-    for start in range(0, len(labels), batch_size):
-        chunk = images[start : start + batch_size], labels[start : start + batch_size]
-        missing = batch_size - len(chunk[1])  # one shape for every batch: padded, label -1
-        padded = (
-            np.pad(chunk[0], ((0, missing), (0, 0), (0, 0), (0, 0))),
-            np.pad(chunk[1], (0, missing), constant_values=-1),
-        )
-        result = eval_step(state, padded)
-        totals += float(result["loss"]), float(result["correct"])
-    return {"test_loss": totals[0] / len(labels), "test_accuracy": totals[1] / len(labels)}
-
-
-def normalize(images: jax.Array) -> jax.Array:
-    """uint8 pixels to about zero mean and unit variance."""
-    return (images.astype(jnp.float32) - 127.5) / 64.0
-
-
-def _optimizer(config: TrainConfig, steps: int) -> optax.GradientTransformation:
-    total = config.epochs * steps
-    warmup = min(int(config.warmup_epochs * steps), total - 1)
-    schedule = optax.warmup_cosine_decay_schedule(0.0, config.learning_rate, warmup, total)
-
-    def decays(params: Any) -> Any:
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: not path[-1].key.endswith(("bias", "scale")), params
-        )
-
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask=decays),
-        optax.sgd(schedule, momentum=config.momentum, nesterov=True),
-    )
-
-
-def _init(
-    model: nn.Module, dataset: Dataset, optimizer: optax.GradientTransformation, seed: int
-) -> TrainState:
-    def init(key: jax.Array) -> TrainState:
-        images = jnp.zeros((1, *dataset.train.images.shape[1:]))
-        variables = model.init(key, images, train=False)
-        params = variables["params"]
-        return TrainState(
-            jnp.zeros((), jnp.int32),
-            params,
-            variables.get("batch_stats", {}),
-            optimizer.init(params),
-        )
-
-    return jax.jit(init)(jax.random.key(seed))
-
-
-def _train_step(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: TrainConfig, flip: bool
-) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
-    def step(
-        state: TrainState, batch: tuple[jax.Array, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        images, labels = batch
-        if config.augment:
-            key = jax.random.fold_in(jax.random.key(config.seed + 1), state.step)
-            images = augment(key, images, flip=flip)
-        images = normalize(images)
-
-        def loss_of(params: Any) -> tuple[jax.Array, tuple[jax.Array, Any]]:
-            logits, updates = model.apply(
-                {"params": params, "batch_stats": state.batch_stats},
-                images,
-                train=True,
-                mutable=["batch_stats"],
-            )
-            targets = optax.smooth_labels(
-                jax.nn.one_hot(labels, logits.shape[-1]), config.label_smoothing
-            )
-            loss = optax.softmax_cross_entropy(logits.astype(jnp.float32), targets).mean()
-            return loss, (logits, updates)
-
-        (loss, (logits, updates)), gradients = jax.value_and_grad(loss_of, has_aux=True)(
-            state.params
-        )
-        changes, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        new = TrainState(
-            state.step + 1,
-            optax.apply_updates(state.params, changes),
-            updates.get("batch_stats", {}),
-            opt_state,
-        )
-        accuracy = (logits.argmax(-1) == labels).mean()
-        return new, {"loss": loss, "accuracy": accuracy}
-
-    return step
-
-
-def _eval_step(model: nn.Module) -> Callable[..., dict[str, jax.Array]]:
-    def step(state: TrainState, batch: tuple[jax.Array, jax.Array]) -> dict[str, jax.Array]:
-        images, labels = batch
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits = jnp.asarray(model.apply(variables, normalize(images), train=False), jnp.float32)
-        real = labels >= 0
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+    def _evaluate(self, variables: dict[str, Any]) -> Row:
+        """Means over the whole held-out split, and how regions are used there."""
+        batches = pipeline.evaluation_batches(self.dataset.test, **self.share)
+        evaluate, mesh = self.compiled.eval_step, self.compiled.mesh
+        sums: Any = None
+        for results in _one_behind(
+            evaluate(variables, meshes.on_devices({k: b[k] for k in ("image", "label")}, mesh))
+            for b in batches
+        ):
+            values = jax.tree.map(np.float64, jax.device_get(results))
+            sums = values if sums is None else jax.tree.map(np.add, sums, values)
+            stop, _ = self.wishes.exchange(self.preempted(), False)
+            if stop:  # the epoch's steps are saved, and evaluation begins anew
+                self._save()
+                self._leave()
+        count = len(self.dataset.test)
         return {
-            "loss": jnp.where(real, losses, 0).sum(),
-            "correct": (real & (logits.argmax(-1) == labels)).sum(),
+            "test_loss": float(sums["loss"] / count),
+            "test_accuracy": float(sums["correct"] / count),
+            "regions": {layer: regions.use(n) for layer, n in sums["regions"].items()},
         }
 
-    return step
+    def _save(self, score: float | None = None) -> None:
+        newest = self.checkpoints.newest
+        if newest is None or newest.name != str(self.step):
+            self.record.pipeline = self.batches.get_state()
+            self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.record), score)
+        self.wishes.forget()
+        self.saved, self.mark = time.monotonic(), time.perf_counter()
+
+    def _leave(self) -> None:
+        """Raises Preempted."""
+        self.checkpoints.close()
+        self.progress.console.print(
+            f"stopped by SIGTERM at step {self.step}; continue with --resume {self.run_dir}",
+            soft_wrap=True,
+        )
+        raise Preempted
+
+    def _refuse(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
+        """Raises UserError about results that are not finite."""
+        self.checkpoints.close()
+        split = self.dataset.train
+        names = [split.name_of(int(i)) for i in meshes.from_all_processes(index)]
+        report = self.run_dir / "non_finite.json"
+        if meshes.leads():
+            found = {"step": step, **values, "samples": names}
+            write_text(report, json.dumps(found, indent=2) + "\n")
+        raise UserError(
+            f"the loss is {values['loss']} and its gradient's norm {values['gradient_norm']} at "
+            f"step {step} (epoch {len(self.record.rows) + 1}), on {', '.join(names[:3])} and the "
+            f'others named in "{report}"; the last good checkpoint is '
+            f"{self.checkpoints.newest or 'none'}; look at these samples, or lower "
+            f"--train.learning-rate (now {self.recipe.learning_rate})."
+        )
+
+    def _overdue(self) -> bool:
+        minutes = self.checkpoint.every_minutes
+        return minutes > 0 and time.monotonic() - self.saved > 60 * minutes
+
+    def _speed(self) -> float:
+        return self.record.steps * self.recipe.batch_size / self.record.seconds
 
 
-def _read_metrics(run_dir: pathlib.Path, epochs: int) -> list[dict[str, float]]:
-    """The rows of epochs that the checkpoint has seen."""
-    path = run_dir / "metrics.jsonl"
-    if not epochs or not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError):  # a line cut short when the run was stopped
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and 1 <= row.get("epoch", 0) <= epochs]
-
-
-def _write_metrics(run_dir: pathlib.Path, rows: list[dict[str, float]]) -> None:
-    """Drops rows that no checkpoint has seen, all at once or not at all."""
-    write_text(run_dir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+def _one_behind(results: Iterable[T]) -> Iterator[T]:
+    """Each result when the next is already on its way."""
+    before: list[T] = []
+    for result in results:
+        yield from before
+        before = [result]
+    yield from before
 
 
 def _shown(loss: float, accuracy: float, speed: float) -> str:

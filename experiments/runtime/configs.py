@@ -1,0 +1,55 @@
+"""Configurations: nested dataclasses that are saved, read again, compared and shown."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def flat(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Every option's value under its dotted name, as "train.epochs"."""
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value, name = getattr(config, field.name), prefix + field.name
+        values |= flat(value, f"{name}.") if dataclasses.is_dataclass(value) else {name: value}
+    return values
+
+
+def differences(config: T, other: T) -> dict[str, tuple[Any, Any]]:
+    """The options that differ, each with its value in `config` and that in `other`."""
+    theirs = flat(other)
+    return {
+        name: (value, theirs[name]) for name, value in flat(config).items() if value != theirs[name]
+    }
+
+
+def shown(config: T, preset: T, name: str) -> str:
+    """All options, a line each; where one is not the preset's of that name, the preset's too."""
+    changed = differences(config, preset)
+    values = flat(config)
+    width = max(map(len, values))
+    lines = [f"{option:{width}}  {value}" for option, value in values.items()]
+    for row, option in enumerate(values):
+        if option in changed:
+            lines[row] += f"  ({name}: {changed[option][1]})"
+    return "\n".join(lines)
+
+
+def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The configuration that `dataclasses.asdict` and JSON made `values` of.
+
+    Raises:
+      TypeError: an option is unknown, or a group of options is none.
+    """
+    hints = typing.get_type_hints(kind)
+
+    def value_of(name: str, value: Any) -> Any:
+        if dataclasses.is_dataclass(hints.get(name)):
+            return from_json(hints[name], value)
+        return tuple(value) if isinstance(value, list) else value
+
+    return kind(**{name: value_of(name, value) for name, value in values.items()})

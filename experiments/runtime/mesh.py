@@ -1,0 +1,217 @@
+"""Devices and processes: one mesh over all of them, with the batch split over all devices."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import sys
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from experiments.runtime.errors import Preempted, UserError
+
+# Copies of the parameters, and the devices that hold one copy among them.
+_AXES = ("copy", "part")
+# Arrays smaller than this are not worth the messages that splitting them costs.
+_SPLIT_FROM = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where the training runs; no part of what is trained."""
+
+    fsdp: int = 1
+    """Devices that hold one copy of the parameters among them; 1 is a copy on each."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0 where there are several; SLURM, MPI and TPU pods say it themselves."""
+    processes: int | None = None
+    """How many processes there are, if --coordinator is given."""
+    process_id: int | None = None
+    """Which of them this is, from 0, if --coordinator is given."""
+
+    def __post_init__(self) -> None:
+        if self.fsdp < 1:
+            raise UserError(f"--fsdp must be at least 1, got {self.fsdp}.")
+        given = (self.coordinator, self.processes, self.process_id)
+        if None in given and any(value is not None for value in given):
+            raise UserError(
+                "--coordinator, --processes and --process-id go together, got "
+                f"{', '.join(map(str, given))}."
+            )
+        if self.processes is not None and not 0 <= (self.process_id or 0) < self.processes:
+            raise UserError(
+                f"--process-id must be from 0 to {self.processes - 1} with --processes "
+                f"{self.processes}, got {self.process_id}."
+            )
+
+
+def join_processes(placement: Placement) -> None:
+    """Meets the other processes, if there are any; before anything is computed.
+
+    Raises:
+      UserError: the coordinator does not answer.
+    """
+    if placement.coordinator is None:
+        with contextlib.suppress(ValueError):  # JAX finds no cluster: this process is alone
+            jax.distributed.initialize()
+        return
+    try:
+        jax.distributed.initialize(placement.coordinator, placement.processes, placement.process_id)
+    except RuntimeError as error:
+        raise UserError(
+            f"--coordinator {placement.coordinator} cannot be met: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def leads() -> bool:
+    """Whether this is the process that prints and writes what is written once."""
+    return jax.process_index() == 0
+
+
+def meet(name: str) -> None:
+    """Waits until all processes have come to the point of this name."""
+    multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def leaving_at_once() -> Iterator[None]:
+    """Ends one of several processes when it fails, without waiting for the others.
+
+    Python's own exit would wait minutes for processes that are dead, or that wait for this one.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if jax.process_count() == 1 or isinstance(error, Preempted):  # as all of them are
+            raise
+        code = error.code if isinstance(error, SystemExit) else 1
+        if not isinstance(error, SystemExit):
+            traceback.print_exc()
+            print(
+                f"error: process {jax.process_index()} of {jax.process_count()} stopped; where no "
+                "cause stands above, another process was lost. Start all of them again to continue "
+                "from the last checkpoint.",
+                file=sys.stderr,
+            )
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of all devices of all processes.
+
+    Args:
+      fsdp: devices that hold one copy of the parameters among them.
+      devices: None for those of this machine and of the processes that it has met.
+
+    Raises:
+      UserError: fsdp does not divide the number of devices.
+    """
+    # A process's devices stand together, so that its share of a batch is one slice.
+    chosen = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
+    if len(chosen) % fsdp:
+        raise UserError(f"--fsdp must divide the {len(chosen)} devices, got {fsdp}.")
+    return Mesh(np.array(chosen).reshape(-1, fsdp), _AXES)
+
+
+def check_batch(batch_size: int, mesh: Mesh, parts: int) -> None:
+    """Refuses a global batch that does not divide among the devices.
+
+    Args:
+      batch_size: images in a step, on all devices.
+      mesh: the devices.
+      parts: that each device computes its share in.
+
+    Raises:
+      UserError: it does not divide.
+    """
+    unit = mesh.size * parts
+    if batch_size % unit:
+        below, above = batch_size // unit * unit, -(-batch_size // unit) * unit
+        computed = f", computed in {parts} parts (--train.accumulate)" if parts > 1 else ""
+        raise UserError(
+            f"--train.batch-size is that of all devices together and must be a multiple of {unit} "
+            f"for {mesh.size} devices{computed}, got {batch_size}; "
+            f"{f'{below} or {above}' if below else above} would do."
+        )
+
+
+def whole(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def by_batch(mesh: Mesh) -> NamedSharding:
+    """The first axis split over all devices."""
+    return NamedSharding(mesh, PartitionSpec(_AXES))
+
+
+def with_shardings(shapes: Any, mesh: Mesh) -> Any:
+    """The shapes of a training state, and where each array lies on the mesh.
+
+    With fsdp, a large array is split along the longest of its axes that the devices of a copy
+    divide; everything else has a copy on every device.
+    """
+    parts = mesh.shape[_AXES[1]]
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes: list[str | None] = [None] * len(leaf.shape)
+        even = [axis for axis, length in enumerate(leaf.shape) if length % parts == 0]
+        if parts > 1 and even and leaf.size >= _SPLIT_FROM:
+            axes[max(even, key=lambda axis: leaf.shape[axis])] = _AXES[1]
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes)
+
+
+def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's slice of a batch, as part of the global batch."""
+    sharding = by_batch(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
+
+
+def on_host(tree: Any, mesh: Mesh) -> Any:
+    """The values of global arrays, on every process."""
+    return jax.device_get(jax.jit(lambda tree: tree, out_shardings=whole(mesh))(tree))
+
+
+def from_all_processes(array: np.ndarray) -> np.ndarray:
+    """The arrays of all processes, one behind the other."""
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+class Wishes:
+    """What any of the processes wishes, known to all of them at the same step."""
+
+    def __init__(self, mesh: Mesh):
+        self._mesh = mesh
+        self._any = jax.jit(lambda wishes: wishes.any(axis=0), out_shardings=whole(mesh))
+        self._pending: jax.Array | None = None
+
+    def exchange(self, *wishes: bool) -> list[bool]:
+        """Hands in this process's wishes, and returns everyone's of the call before.
+
+        Being one call behind, it never waits for a step that has only just been dispatched.
+        """
+        before = self._pending
+        local = np.tile(np.array(wishes), (len(self._mesh.local_devices), 1))
+        self._pending = self._any(
+            jax.make_array_from_process_local_data(by_batch(self._mesh), local)
+        )
+        return [False] * len(wishes) if before is None else jax.device_get(before).tolist()
+
+    def forget(self) -> None:
+        """Lets go of what was handed in last; all processes do so at the same step."""
+        self._pending = None
