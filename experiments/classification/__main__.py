@@ -64,7 +64,7 @@ PRESETS = {
 class _Chosen:
     """The preset that all other options start from."""
 
-    recipe: Literal[small, imagenet, mobilenet] = "small"
+    recipe: Literal["small", "imagenet", "mobilenet"] = "small"
     """What all other options start from: "imagenet" trains as the ShuffleNetV2 paper does,
     "mobilenet" as torchvision trains MobileNetV2."""
 
