@@ -124,6 +124,7 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_text(run_dir / "config.json", config_text)
+            write_text(run_dir / "classes.json", json.dumps(list(dataset.classes)) + "\n")
         except OSError as error:
             raise UserError(
                 f'--run-dir: "{run_dir}" cannot be written to: {error.strerror or error}.'
@@ -187,7 +188,7 @@ def _folder(arguments: Arguments) -> pathlib.Path:
                 f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, '
                 "or name another folder."
             )
-        if changed := configs.differences(config, _read_config("--auto-resume", run_dir)):
+        if changed := configs.differences(config, read_config("--auto-resume", run_dir)):
             options = ", ".join(f"{k} is {old}, not {new}" for k, (new, old) in changed.items())
             raise UserError(
                 f'--auto-resume: the run in "{run_dir}" has other options: {options}; give these, '
@@ -208,10 +209,19 @@ def _resumed_config(arguments: Arguments) -> Config:
         raise UserError(
             "--resume takes the run's own options; give no other option with it but where to run."
         )
-    return _read_config("--resume", pathlib.Path(str(arguments.resume)))
+    return read_config("--resume", pathlib.Path(str(arguments.resume)))
 
 
-def _read_config(option: str, run_dir: pathlib.Path) -> Config:
+def read_config(option: str, run_dir: pathlib.Path) -> Config:
+    """The options of the run in a folder.
+
+    Args:
+      option: that named the folder, for errors.
+      run_dir: the folder.
+
+    Raises:
+      UserError: there is no run, or not of this version.
+    """
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f'{option}: there is no run in "{run_dir}" (no config.json).')
