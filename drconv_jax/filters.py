@@ -39,10 +39,18 @@ _mixing_init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_no
 
 
 class FilterGenerator(NamedTuple):
-    """`init(key, in_features, features, kernel_size, regions, ...)` and `apply(params, x, ...)`."""
+    """A generator.
+
+    Attributes:
+      init: `init(key, in_features, features, kernel_size, regions, ...)` makes the parameters.
+      apply: `apply(params, x, kernel_size, ...)` makes the filters.
+      last_layer: names of the parameters that the filters are linear in, all of them together;
+        their last axis is the features'.
+    """
 
     init: Callable[..., dict[str, Array]]
     apply: Callable[..., Array]
+    last_layer: tuple[str, ...]
 
 
 def init_pooled(
@@ -206,6 +214,6 @@ def _wide(values: Array) -> Array:
 
 
 GENERATORS: Mapping[str, FilterGenerator] = {
-    "pooled": FilterGenerator(init_pooled, pooled_filters),
-    "experts": FilterGenerator(init_experts, experts_filters),
+    "pooled": FilterGenerator(init_pooled, pooled_filters, ("bank_kernel", "bank_bias")),
+    "experts": FilterGenerator(init_experts, experts_filters, ("bank_kernel",)),
 }
