@@ -28,8 +28,8 @@ def export_model(
 
     Example::
 
-      folded = fold_batch_norm(model, variables, (1, 224, 224, 3))
-      export_model("model.stablehlo", folded.apply, folded.variables, (224, 224, 3))
+      apply, folded = fold_batch_norm(model, variables, jnp.ones((1, 224, 224, 3)))
+      export_model("model.stablehlo", apply, folded, (224, 224, 3))
 
     Args:
       path: the file, which is there whole or not at all; one that is there is replaced.

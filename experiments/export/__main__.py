@@ -94,8 +94,8 @@ def trained_network(
     variables = state.variables if state.average is None else state.average
     apply: Callable[..., Any] = model.apply
     if fold:
-        folded = fold_batch_norm(model, variables, (1, size, size, 3))
-        apply, variables = folded.apply, folded.variables
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        apply, variables = fold_batch_norm(model, variables, images)
     return lambda variables, images: apply(variables, normalize(images)), variables, size
 
 
