@@ -18,7 +18,7 @@ from drconv_jax.models.parts import (
 )
 
 # Table 1 of the paper: channels, strides of the first block, and blocks of every stage.
-_STAGES = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 2, 6), (1024, 2, 2))
+STAGES = ((64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 2, 6), (1024, 2, 2))
 _STEM_CHANNELS = 32
 
 
@@ -98,7 +98,7 @@ class MobileNetV1(nn.Module):
         )
         x = relu6(norm(x, "stem_norm", train=train, dtype=self.dtype))
         stride, maps = self.stem_strides, {self.stem_strides: x}
-        for stage, (channels, strides, count) in enumerate(_STAGES):
+        for stage, (channels, strides, count) in enumerate(STAGES):
             for block in range(count):
                 x = Block(
                     scaled(channels * self.width),

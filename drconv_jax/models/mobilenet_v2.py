@@ -19,7 +19,7 @@ from drconv_jax.models.parts import (
 )
 
 # Table 2 of the paper: expansion, channels, blocks, and strides of the first block.
-_STAGES = (
+STAGES = (
     (1, 16, 1, 1),
     (6, 24, 2, 2),
     (6, 32, 3, 2),
@@ -118,7 +118,7 @@ class MobileNetV2(nn.Module):
         )
         x = relu6(norm(x, "stem_norm", train=train, dtype=self.dtype))
         stride, maps = self.stem_strides, {self.stem_strides: x}
-        for stage, (expansion, channels, count, strides) in enumerate(_STAGES):
+        for stage, (expansion, channels, count, strides) in enumerate(STAGES):
             for block in range(count):
                 x = Block(
                     scaled(channels * self.width),
