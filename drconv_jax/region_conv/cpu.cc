@@ -185,15 +185,20 @@ std::vector<int32_t> WindowOffsets(const Shape& s) {
 // The region of a position: that of its largest guide feature, the first of equals; NaN counts as
 // larger than any number. Whatever the bytes, it is a region that exists.
 template <typename G>
-INLINE int32_t RegionOf(const G* guide, int64_t regions) {
-  int32_t best = 0;
+INLINE int32_t RegionOf(const G* guide, int32_t regions) {
   G top = guide[0];
-  for (int32_t j = 1; j < regions; ++j) {  // without branches: what is chosen is anyone's guess
-    const bool larger = (guide[j] > top) | ((guide[j] != guide[j]) & (top == top));
-    top = larger ? guide[j] : top;
-    best = larger ? j : best;
+  bool any_nan = false;
+  for (int32_t j = 0; j < regions; ++j) {
+    top = guide[j] > top ? guide[j] : top;
+    any_nan |= guide[j] != guide[j];
   }
-  return best;
+  int32_t region = 0;
+  if (any_nan) {
+    while (guide[region] == guide[region]) ++region;
+  } else {
+    for (int32_t j = regions - 1; j >= 0; --j) region = guide[j] == top ? j : region;
+  }
+  return region;
 }
 
 // One sample's positions, region by region; region j's are order[first[j] .. first[j + 1]).
@@ -206,7 +211,7 @@ struct Regions {
     order.resize(positions);
     first.assign(regions + 1, 0);
     for (int64_t p = 0; p < positions; ++p, guide += regions) {
-      region[p] = RegionOf(guide, regions);
+      region[p] = RegionOf(guide, static_cast<int32_t>(regions));
       ++first[region[p] + 1];
     }
     for (int64_t j = 0; j < regions; ++j) first[j + 1] += first[j];
@@ -892,7 +897,7 @@ struct NeededTask {
   template <typename Isa>
   INLINE void Run(int64_t sample) const {
     for (int64_t p = sample * positions; p < (sample + 1) * positions; ++p)
-      needed[sample * m + RegionOf(guide + p * m, m)] = 1;
+      needed[sample * m + RegionOf(guide + p * m, static_cast<int32_t>(m))] = 1;
   }
 };
 
