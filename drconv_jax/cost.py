@@ -1,5 +1,7 @@
 """Multiply-adds and parameters of any flax.linen module, without computing anything.
 
+`python -m drconv_jax.cost` prints the table of all networks beside the published figures.
+
 Counted as the papers of mobile networks count: one multiply-add is one; convolutions and dense
 layers count; biases, normalization, activations and pooling do not. A DRConv counts what it does
 for each sample, in three parts: `guide` (its guide convolution, unless a guide is given to it),
@@ -169,3 +171,44 @@ _COUNTERS: Mapping[type[nn.Module], Callable[[Any, Any, Any, Any], _Parts]] = {
     nn.ConvTranspose: _kernel_at_inputs,
     nn.Dense: _kernel_at_outputs,
 }
+
+
+# Millions of multiply-adds and of parameters: ShuffleNetV2 (Table 5), MobileNets (Tables 4 and 6),
+# MobileNetV2 (Table 4), MobileFaceNets (Section 4), and the DRConv paper for DR-ShuffleNetV2.
+PUBLISHED: Mapping[str, tuple[float | None, float | None]] = {
+    "mobilenet_v1_x0_25": (41, 0.47),
+    "mobilenet_v1_x1_0": (569, 4.2),
+    "mobilenet_v2_x1_0": (300, 3.4),
+    "shufflenet_v2_x0_5": (41, 1.4),
+    "shufflenet_v2_x1_0": (146, 2.3),
+    "shufflenet_v2_x1_5": (299, 3.5),
+    "shufflenet_v2_x2_0": (591, 7.4),
+    "mobilefacenet": (221, 0.99),
+    "dr_shufflenet_v2_x0_5": (46, None),
+}
+
+
+def main() -> None:
+    """Prints the table."""
+    from drconv_jax.models import create_model, list_models
+
+    print("Millions; images of 224x224 pixels, faces of 112x112. dr_: the last 1x1 convolution of")
+    print(
+        "every block is a DRConv with 8 regions; dr_..._all: all of them, as in the released code."
+    )
+    print(f"{'':26}{'multiply-adds':>14}{'published':>10}{'parameters':>12}{'published':>10}")
+    for name in list_models():
+        model, size = create_model(name), 112 if "facenet" in name else 224
+        counts = [count(model, (1, size, size, 3)) for count in (multiply_adds, parameters)]
+        published = PUBLISHED.get(name, (None, None))
+        cells = (
+            f"{count.total / 1e6:>{width}.{digits}f}{'' if figure is None else figure:>10}"
+            for count, figure, width, digits in zip(
+                counts, published, (14, 12), (1, 2), strict=True
+            )
+        )
+        print(f"{name:26}" + "".join(cells))
+
+
+if __name__ == "__main__":
+    main()
