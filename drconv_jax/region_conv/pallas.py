@@ -17,16 +17,17 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from drconv_jax.region_conv import pallas_gpu, pallas_tpu
+from drconv_jax.region_conv.automatic import unless_partitioned
 from drconv_jax.region_conv.blocked import multiply, multiply_backward
 from drconv_jax.region_conv.fused import Statics
 from drconv_jax.region_conv.products import flat_regions, matrices_of, patches_of
 
 # JAX 0.12 deprecates Pallas' way to Triton: from there on a GPU computes region by region.
 TRITON = jax.__version_info__ < (0, 12)
-_GPU: dict[str, Callable[..., Any]] = {
-    "forward": pallas_gpu.forward if TRITON else multiply,
-    "backward": pallas_gpu.backward if TRITON else multiply_backward,
-}
+_XLA: dict[str, Callable[..., Any]] = {"forward": multiply, "backward": multiply_backward}
+_GPU: dict[str, Callable[..., Any]] = (
+    {"forward": pallas_gpu.forward, "backward": pallas_gpu.backward} if TRITON else _XLA
+)
 
 
 def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
@@ -64,7 +65,11 @@ def _check(x: Array) -> None:
 
 def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
     tpu = functools.partial(getattr(pallas_tpu, direction), statics.precision)
+    xla = functools.partial(_XLA[direction], statics.precision)
     gpu = functools.partial(_GPU[direction], statics.precision)
     return jax.lax.platform_dependent(
-        *arrays, tpu=tpu, cuda=gpu, default=functools.partial(tpu, interpret=True)
+        *arrays,
+        tpu=functools.partial(unless_partitioned, tpu, xla),
+        cuda=gpu,
+        default=functools.partial(tpu, interpret=True),
     )

@@ -51,7 +51,9 @@ def per_shard(
             sharding_rule=rule,
             need_replication_factors=tuple(name for name in names if name in rule.split()),
         )
-        return varying_like(partitioned(*args), *args)
+        # TPUs take no custom partitioning: there `function` itself must be one that XLA can part.
+        result = jax.lax.platform_dependent(*args, tpu=function, default=partitioned)
+        return varying_like(result, *args)
 
     return call
 
