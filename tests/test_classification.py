@@ -14,7 +14,7 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments.classification.__main__ import Arguments, Config, ModelConfig, main
+from experiments.classification.__main__ import Arguments, Config, ModelConfig, Pods, main
 from experiments.runtime import data, loop, mesh
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import UserError
@@ -319,7 +319,7 @@ def test_help_explains_every_option():
         words = re.sub(r".*--[a-z.-]+ (\{\S+\}\S*|[A-Z]+ )*", "", part)
         explained[option] = words.split()
     groups = {
-        "": (Config, Arguments, mesh.Placement),
+        "": (Config, Arguments, Pods, mesh.Placement),
         "model.": (ModelConfig,),
         "train.": (Recipe,),
         "checkpoint.": (CheckpointConfig,),
@@ -329,7 +329,8 @@ def test_help_explains_every_option():
         for prefix, kinds in groups.items()
         for kind in kinds
         for field in dataclasses.fields(kind)
-        if prefix or field.name not in ("model", "train", "checkpoint", "config", "placement")
+        if prefix
+        or field.name not in ("model", "train", "checkpoint", "config", "placement", "pods")
     }
     assert set(explained) == names
     assert all(len(words) >= 2 for words in explained.values())

@@ -337,6 +337,7 @@ def test_a_batch_that_does_not_divide(batch_size, parts, would_do):
         ({"fsdp": 0}, "--fsdp must be at least 1"),
         ({"coordinator": "a:1", "processes": 2}, "go together, got a:1, 2, None"),
         ({"coordinator": "a:1", "processes": 2, "process_id": 2}, "from 0 to 1 with --processes 2"),
+        ({"coordinator": "a", "processes": 2, "process_id": 0}, "must be HOST:PORT, got a"),
     ],
 )
 def test_a_placement_that_is_none(placement, message):

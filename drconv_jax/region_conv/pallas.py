@@ -21,6 +21,7 @@ from drconv_jax.region_conv.automatic import unless_partitioned
 from drconv_jax.region_conv.blocked import multiply, multiply_backward
 from drconv_jax.region_conv.fused import Statics
 from drconv_jax.region_conv.products import flat_regions, matrices_of, patches_of
+from drconv_jax.region_conv.sharding import varying
 
 # JAX 0.12 deprecates Pallas' way to Triton: from there on a GPU computes region by region.
 TRITON = jax.__version_info__ < (0, 12)
@@ -69,7 +70,7 @@ def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
     gpu = functools.partial(_GPU[direction], statics.precision)
     return jax.lax.platform_dependent(
         *arrays,
-        tpu=functools.partial(unless_partitioned, tpu, xla),
+        tpu=varying(functools.partial(unless_partitioned, tpu, xla)),
         cuda=gpu,
         default=functools.partial(tpu, interpret=True),
     )

@@ -22,10 +22,11 @@ import numpy as np
 import tyro
 from flax import linen as nn
 from jax.sharding import Mesh
+from rich.console import Console
 
 from drconv_jax import viz
 from experiments.classification.model import ModelConfig
-from experiments.runtime import configs, data
+from experiments.runtime import configs, data, dry_run
 from experiments.runtime import mesh as meshes
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import UserError, exit_on_user_error
@@ -70,6 +71,26 @@ class _Chosen:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pods:
+    """A training step on TPUs that there need not be."""
+
+    dry_run: bool = False
+    """Only compile the training step for --topology, and tell what it takes of each chip."""
+    topology: tuple[str, ...] = ("v5e:16x16",)
+    """TPU slices, as v5e:16x16 or v5p:8x8x16."""
+    chip_batch: int | None = None
+    """Images on each chip in the dry run; default: the recipe's batch over the chips."""
+    classes: int = 1000
+    """Classes in the dry run, which reads no data."""
+
+    def __post_init__(self) -> None:
+        for name in ("chip_batch", "classes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
+
+
+@dataclasses.dataclass(frozen=True)
 class Arguments(_Chosen):
     """Trains a network, with DRConv or plain, to classify images."""
 
@@ -85,6 +106,7 @@ class Arguments(_Chosen):
     placement: Annotated[meshes.Placement, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=meshes.Placement
     )
+    pods: Annotated[Pods, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Pods)
 
 
 def main() -> None:
@@ -94,6 +116,9 @@ def main() -> None:
         if arguments.show:
             preset = arguments.recipe
             print(configs.shown(arguments.config, PRESETS[preset], preset))
+            return
+        if arguments.pods.dry_run:
+            _dry_run(arguments)
             return
         meshes.join_processes(arguments.placement)
         if arguments.resume is None:
@@ -162,6 +187,33 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
         f"{report['parameters']:,} parameters, {len(dataset.skipped)} images skipped; "
         f"see {run_dir}"
     )
+
+
+def _dry_run(arguments: Arguments) -> None:
+    """Prints what a training step takes, and writes it to dry_run.json in --run-dir."""
+    jax.config.update("jax_platforms", "cpu")  # a TPU that is there is left alone
+    config, pods = arguments.config, arguments.pods
+    reports = []
+    for topology in pods.topology:
+        reports.append(
+            dry_run.compile_step(
+                config.model.build(pods.classes),
+                config.train,
+                topology,
+                image_size=config.image_size,
+                chip_batch=pods.chip_batch,
+                fsdp=arguments.placement.fsdp,
+            )
+        )
+        print(f"compiled for {topology} in {reports[-1].seconds:.0f} s", file=sys.stderr)
+    console = Console(width=max(100, Console().width), highlight=False)
+    console.print(dry_run.table(reports))
+    print(f"Collectives of {dry_run.LARGE:,} bytes and more on {reports[-1].topology}:")
+    print(dry_run.large_collectives(reports[-1]))
+    if arguments.run_dir is not None:
+        arguments.run_dir.mkdir(parents=True, exist_ok=True)
+        text = json.dumps([dataclasses.asdict(report) for report in reports], indent=2)
+        write_text(arguments.run_dir / "dry_run.json", text + "\n")
 
 
 def _parse() -> Arguments:

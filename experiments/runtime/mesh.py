@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -45,6 +46,8 @@ class Placement:
                 "--coordinator, --processes and --process-id go together, got "
                 f"{', '.join(map(str, given))}."
             )
+        if self.coordinator is not None and not re.fullmatch(r".+:\d+", self.coordinator):
+            raise UserError(f"--coordinator must be HOST:PORT, got {self.coordinator}.")
         if self.processes is not None and not 0 <= (self.process_id or 0) < self.processes:
             raise UserError(
                 f"--process-id must be from 0 to {self.processes - 1} with --processes "
@@ -55,19 +58,16 @@ class Placement:
 def join_processes(placement: Placement) -> None:
     """Meets the other processes, if there are any; before anything is computed.
 
-    Raises:
-      UserError: the coordinator does not answer.
+    JAX itself ends the process where the others cannot be met in five minutes.
     """
-    if placement.coordinator is None:
-        with contextlib.suppress(ValueError):  # JAX finds no cluster: this process is alone
-            jax.distributed.initialize()
+    if placement.coordinator is not None:
+        jax.distributed.initialize(placement.coordinator, placement.processes, placement.process_id)
         return
     try:
-        jax.distributed.initialize(placement.coordinator, placement.processes, placement.process_id)
-    except RuntimeError as error:
-        raise UserError(
-            f"--coordinator {placement.coordinator} cannot be met: {str(error).splitlines()[0]}"
-        ) from None
+        jax.distributed.initialize()
+    except ValueError as error:
+        if "should be defined" not in str(error):  # else JAX finds no cluster: it is alone
+            raise
 
 
 def leads() -> bool:
@@ -89,7 +89,8 @@ def leaving_at_once() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if jax.process_count() == 1 or isinstance(error, Preempted):  # as all of them are
+        together = isinstance(error, Preempted)  # all of them leave
+        if together or not jax.distributed.is_initialized() or jax.process_count() == 1:
             raise
         code = error.code if isinstance(error, SystemExit) else 1
         if not isinstance(error, SystemExit):

@@ -55,9 +55,9 @@ class Program:
 
     mesh: Mesh
     state: TrainState
-    init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, Results]]
-    eval_step: Callable[[dict[str, Any], Batch], dict[str, Any]]
+    init: jax.stages.Wrapped
+    train_step: jax.stages.Wrapped
+    eval_step: jax.stages.Wrapped
 
 
 def batch_shapes(batch_size: int, image_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

@@ -31,6 +31,7 @@ from rich.progress import (
 
 from drconv_jax.region_conv import IMPLEMENTATIONS
 from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime.tpu import compiler_is_installed
 from experiments.speed import cases, contenders, measure, plots, report, tpu
 from experiments.speed.cases import Case
 from experiments.speed.results import Measured, Result, StepBytes
@@ -141,7 +142,7 @@ def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> l
 
 def _count_bytes(case: Case, notes: list[str]) -> list[tpu.Bytes]:
     """By every implementation for TPUs, the best first; what fails is noted."""
-    if not tpu.available():
+    if not compiler_is_installed():
         if (note := "libtpu is not installed: no bytes for TPU.") not in notes:
             notes.append(note)
         return []

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import importlib.util
-import os
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 
 from drconv_jax.region_conv import IMPLEMENTATIONS, region_conv
+from experiments.runtime.tpu import devices
 from experiments.speed.cases import Case
 
 
@@ -50,11 +48,6 @@ def implementations() -> list[str]:
     return [name for name in ("pallas", "blocked") if name in IMPLEMENTATIONS]
 
 
-def available() -> bool:
-    """Whether the TPU compiler is installed."""
-    return importlib.util.find_spec("libtpu") is not None
-
-
 def measure(case: Case, implementation: str) -> Bytes | str:
     """The bytes, or in one line why the compiler did not tell."""
     pixels, channels = (case.batch, case.size, case.size), case.features
@@ -75,12 +68,8 @@ def measure(case: Case, implementation: str) -> Bytes | str:
 
 
 @functools.cache
-def _device() -> Any:
-    # Without these libtpu asks a metadata server that only Google's cloud has.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-    return topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices[0]
+def _device() -> jax.Device:
+    return devices("v5e:2x2")[0]
 
 
 def _bytes_accessed(function: Callable[..., Any], *args: Any) -> tuple[float, bool]:

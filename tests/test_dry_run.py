@@ -1,0 +1,165 @@
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import linen as nn
+
+from drconv_jax import DRConv
+from experiments.runtime import dry_run
+from experiments.runtime.errors import UserError
+from experiments.runtime.recipes import Recipe
+
+pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+
+
+@pytest.fixture(autouse=True)
+def standard_promotion():  # optax's
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.Conv(16, (3, 3), 2, use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not train)(x))
+        x = DRConv(32, (1, 1), regions=4)(x)
+        return nn.Dense(1000)(nn.relu(nn.Dense(512)(x.mean((1, 2)))))
+
+
+def compile_step(topology, fsdp=1, **options):
+    recipe = Recipe(**options)
+    return dry_run.compile_step(Net(), recipe, topology, image_size=16, chip_batch=8, fsdp=fsdp)
+
+
+def total(report, kind, large):
+    return sum(
+        c.bytes * c.times
+        for c in report.collectives
+        if c.kind == kind and (c.bytes >= dry_run.LARGE) == large
+    )
+
+
+def test_a_chip_does_the_same_in_a_pod_of_8_and_of_256():
+    few, many = compile_step("v5e:2x4"), compile_step("v5e:16x16")
+    assert (few.chips, many.chips) == (8, 256) and few.images == many.images == 8
+    for quantity in ("arithmetic", "flops", "bytes", "memory"):
+        assert getattr(many, quantity) == pytest.approx(getattr(few, quantity), rel=0.05), quantity
+    for report in (few, many):
+        assert {c.kind for c in report.collectives} == {"all-reduce"}
+        # The gradients, once, and what batch norm and the metrics sum.
+        large, small = (total(report, "all-reduce", size) for size in (True, False))
+        assert 4 * report.parameters * 0.95 < large <= 4 * report.parameters * 1.01
+        assert small < 4096
+
+
+def test_parts_of_a_batch_reduce_their_gradients_once():
+    report = compile_step("v5e:2x4", accumulate=4)
+    assert {c.kind for c in report.collectives} == {"all-reduce"}
+    times = {
+        size: {c.times for c in report.collectives if (c.bytes >= dry_run.LARGE) == size}
+        for size in (True, False)
+    }
+    assert times[True] == {1} and 4 in times[False]  # batch norm sees the parts one by one
+    assert total(report, "all-reduce", True) <= 4 * report.parameters * 1.01
+
+
+def test_parts_of_parameters_are_gathered_and_nothing_else_is():
+    report = compile_step("v5e:2x4", fsdp=4)
+    split = 512 * 1000 + 32 * 512  # the kernels that are worth it
+    gathered = sum(total(report, "all-gather", large) for large in (True, False))
+    assert 2 * split <= gathered <= 4 * split  # in bfloat16, if the compiler sees that it does
+    assert {c.kind for c in report.collectives} <= {"all-gather", "all-reduce", "reduce-scatter"}
+
+
+def convolve(x, kernel):
+    layout = ("NHWC", "HWIO", "NHWC")
+    return jax.lax.conv_general_dilated(x, kernel, (2, 2), "SAME", dimension_numbers=layout)
+
+
+def test_arithmetic_by_hand():
+    def program(x, kernel, matrix):
+        x = convolve(x, kernel)
+        matrix, _ = jax.lax.scan(lambda m, _: (m @ m, None), matrix, length=7)
+        return jax.lax.cond(x.sum() > 0, lambda m: m @ m @ m, lambda m: m, matrix)
+
+    shapes = [jnp.zeros(shape) for shape in ((2, 8, 8, 3), (3, 3, 3, 5), (10, 10))]
+    convolution, product = 2 * (2 * 4 * 4 * 5) * (3 * 3 * 3), 2 * 10**3
+    jaxpr = jax.make_jaxpr(program)(*shapes).jaxpr
+    assert dry_run.arithmetic(jaxpr) == convolution + (7 + 2) * product
+
+    gradients = jax.grad(lambda *arguments: convolve(*arguments).sum(), (0, 1))
+    jaxpr = jax.make_jaxpr(gradients)(*shapes[:2]).jaxpr
+    assert dry_run.arithmetic(jaxpr) == 3 * convolution  # forward, for the input, for the kernel
+
+
+def test_messages_in_loops_and_in_pieces():
+    hlo = """
+%sum (a: f32[], b: f32[]) -> f32[] {
+  ROOT %add = f32[] add(%a, %b)
+}
+
+%body (p: (s32[], f32[100])) -> (s32[], f32[100]) {
+  %r = (f32[100]{0:T(128)}, bf16[2,3]{1,0}) all-reduce(%x, %y), channel_id=1, to_apply=%sum, \
+metadata={op_name="jit(step)/norm" stack_frame_id=1}
+}
+
+%condition (p: (s32[], f32[100])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%piece (p: f32[4]) -> f32[8] {
+  %g = f32[8]{0} all-gather(%p), channel_id=2, metadata={op_name="jit(step)/gather"}
+}
+
+ENTRY %main (p: f32[4]) -> f32[8] {
+  %w = (s32[], f32[100]) while(%t), condition=%condition, body=%body
+  %f = f32[8] fusion(%p), kind=kCustom, calls=%piece
+  ROOT %h = f32[8]{0} all-gather(%p), channel_id=2, metadata={op_name="jit(step)/gather"}
+}
+""".replace("\\\n", "")
+    assert dry_run.collectives(hlo) == (
+        dry_run.Collective("all-reduce", 5, 412, 2, "jit(step)/norm"),
+        dry_run.Collective("all-gather", 1, 32, 1, "jit(step)/gather"),
+    )
+
+
+def test_the_command(tmp_path):
+    size = ["--model.blocks", "1", "1", "1", "--model.conv", "standard", "--image-size", "16"]
+    where = ["--topology", "v5e:2x2", "--chip-batch", "2", "--run-dir", str(tmp_path)]
+    result = subprocess.run(
+        [sys.executable, "-m", "experiments.classification", "--dry-run", *size, *where],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    (report,) = json.loads((tmp_path / "dry_run.json").read_text())
+    assert report["topology"] == "v5e:2x2" and report["chips"] == 4 and report["images"] == 2
+    for line in (
+        "chips",
+        "arithmetic, Gflop",
+        "memory at the peak",
+        "large all-reduces",
+        "compile",
+    ):
+        assert line in result.stdout
+    assert "1 a step: jit(step)/" in result.stdout
+
+
+@pytest.mark.parametrize(
+    "topology,options,message",
+    [
+        ("v5e:3x77", {}, '--topology: "v5e:3x77" is none'),
+        ("v5e:2x4", {"batch_size": 12}, "multiple of 8 for 8 devices, got 12"),
+        ("v5e:2x4", {"fsdp": 3}, "--fsdp must divide the 8 devices, got 3"),
+    ],
+)
+def test_what_cannot_be_compiled(topology, options, message):
+    fsdp = options.pop("fsdp", 1)
+    with pytest.raises(UserError, match=message):
+        dry_run.compile_step(Net(), Recipe(**options), topology, image_size=16, fsdp=fsdp)
