@@ -57,7 +57,7 @@ def test_bad_names_get_the_nearest():
 
 
 @pytest.mark.parametrize("network", TINY)
-def test_bad_fields(network):
+def test_bad_fields(network, no_shape_checks):
     with pytest.raises(ValueError, match="width must be positive, got -1.0"):
         TINY[network](width=-1.0).init(jax.random.key(0), images(1))
     if network != "mobilenet_v1":
