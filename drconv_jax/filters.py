@@ -39,10 +39,18 @@ _mixing_init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_no
 
 
 class FilterGenerator(NamedTuple):
-    """`init(key, in_features, features, kernel_size, regions, ...)` and `apply(params, x, ...)`."""
+    """A generator.
+
+    Attributes:
+      init: `init(key, in_features, features, kernel_size, regions, ...)` makes the parameters.
+      apply: `apply(params, x, kernel_size, ...)` makes the filters.
+      last_layer: names of the parameters that the filters are linear in, all of them together;
+        their last axis is the features'.
+    """
 
     init: Callable[..., dict[str, Array]]
     apply: Callable[..., Array]
+    last_layer: tuple[str, ...]
 
 
 def init_pooled(
@@ -84,6 +92,7 @@ def pooled_filters(
     x: Float[Array, "batch *spatial in"],
     kernel_size: Sequence[int],
     *,
+    guide_features: Float[Array, "batch *out_spatial regions"] | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "batch regions *kernel in_per_group features"]:
     """The paper's generator (Section 3.3 and Figure 3).
@@ -95,6 +104,7 @@ def pooled_filters(
       params: as `init_pooled` makes them, in the dtype to compute in.
       x: the input, in the same dtype.
       kernel_size: taps of the filters.
+      guide_features: where given, filters of regions that no position chooses may hold anything.
       precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -108,6 +118,7 @@ def pooled_filters(
         weights.reshape(x.shape[0], -1, regions, n),
         bank.reshape(regions, n, -1),
         bias.reshape(regions, -1),
+        guide_features=guide_features,
         precision=precision,
     )
     return filters.reshape(*filters.shape[:2], *kernel_size, *filter_shape)
@@ -148,6 +159,7 @@ def experts_filters(
     x: Float[Array, "batch *spatial in"],
     kernel_size: Sequence[int],
     *,
+    guide_features: Float[Array, "batch *out_spatial regions"] | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "batch regions *kernel in_per_group features"]:
     """The generator of the authors' released code (megvii-research/DRConv).
@@ -159,6 +171,7 @@ def experts_filters(
       params: as `init_experts` makes them, in the dtype to compute in.
       x: the input, in the same dtype.
       kernel_size: taps of the filters; the bank has them already.
+      guide_features: where given, filters of regions that no position chooses may hold anything.
       precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -172,7 +185,13 @@ def experts_filters(
     bank = params["bank_kernel"]
     flat = bank.reshape(1, bank.shape[0], -1)
     # All regions share the bank: to `mix` they are taps of one region.
-    filters = mix(weights[:, :, None], flat, jnp.zeros_like(flat[:, 0]), precision=precision)
+    filters = mix(
+        weights[:, :, None],
+        flat,
+        jnp.zeros_like(flat[:, 0]),
+        guide_features=guide_features,
+        precision=precision,
+    )
     return filters.reshape(*weights.shape[:2], *bank.shape[1:])
 
 
@@ -195,6 +214,6 @@ def _wide(values: Array) -> Array:
 
 
 GENERATORS: Mapping[str, FilterGenerator] = {
-    "pooled": FilterGenerator(init_pooled, pooled_filters),
-    "experts": FilterGenerator(init_experts, experts_filters),
+    "pooled": FilterGenerator(init_pooled, pooled_filters, ("bank_kernel", "bank_bias")),
+    "experts": FilterGenerator(init_experts, experts_filters, ("bank_kernel",)),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ def mix(
     bank: Float[Array, "regions n size"],
     bias: Float[Array, "regions size"],
     *,
+    guide_features: Float[Array, "batch *positions m"] | None = None,
     precision: jax.lax.PrecisionLike = None,
 ) -> Float[Array, "batch regions taps size"]:
     """filters[b, r, t] = bias[r] + sum_n weights[b, t, r, n] bank[r, n].
@@ -32,6 +34,9 @@ def mix(
       weights: how every tap of every sample mixes its region's bank.
       bank: n filters for each region.
       bias: a filter that each region adds.
+      guide_features: says that the filters of regions that no position of a sample chooses are not
+        needed, the m regions being those here or, where there is but one, the taps. Where it is
+        not differentiated, the native kernel then leaves them unwritten.
       precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
@@ -40,7 +45,13 @@ def mix(
     by_xla = functools.partial(_mix, precision=precision)
     if not cpu.does(weights.dtype):
         return by_xla(weights, bank, bias)
-    args = (weights, bank, bias)
+    batch, taps, regions, _ = weights.shape
+    if guide_features is None or guide_features.shape[-1] == 1:
+        guide_features = jnp.zeros((batch, 0, regions if regions > 1 else taps))
+    wide = accumulator(guide_features.dtype)
+    positions = math.prod(guide_features.shape[1:-1])
+    guide = guide_features.astype(wide).reshape(batch, positions, guide_features.shape[-1])
+    args = (weights, bank, bias, guide)
     return _native(by_xla, *varying_like(args, *args))
 
 
@@ -53,31 +64,38 @@ def _mix(weights: Array, bank: Array, bias: Array, *, precision: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native(by_xla: Any, weights: Array, bank: Array, bias: Array) -> Array:
-    here = per_shard(functools.partial(unless_exported, cpu.mix, by_xla), shared=(1, 2))
-    return _by_platform(here, by_xla, weights, bank, bias)
+def _native(by_xla: Any, weights: Array, bank: Array, bias: Array, guide: Array) -> Array:
+    def all_by_xla(weights: Array, bank: Array, bias: Array, guide: Array) -> Array:
+        del guide
+        return by_xla(weights, bank, bias)
+
+    here = per_shard(functools.partial(unless_exported, cpu.mix, all_by_xla), shared=(1, 2))
+    return _by_platform(here, all_by_xla, weights, bank, bias, guide)
 
 
-def _native_forward(by_xla: Any, *args: Array) -> tuple[Array, tuple[Array, ...]]:
-    return _native(by_xla, *args), args
+def _native_forward(
+    by_xla: Any, weights: Array, bank: Array, bias: Array, guide: Array
+) -> tuple[Array, tuple[Array, ...]]:
+    # The guide's gradient needs every filter.
+    return _native(by_xla, weights, bank, bias, guide[:, :0]), (weights, bank)
 
 
-def _native_backward(by_xla: Any, args: tuple[Array, ...], dfilters: Array) -> tuple[Array, ...]:
-    weights, bank, bias = args
+def _native_backward(
+    by_xla: Any, args: tuple[Array, Array], dfilters: Array
+) -> tuple[Array | None, ...]:
+    weights, bank = args
 
     def gradients(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, ...]:
         bias = varying_like(jnp.zeros((bank.shape[0], bank.shape[2]), bank.dtype), bank)
         dweights, dbank, dbias = jax.vjp(by_xla, weights, bank, bias)[1](dfilters)
         return dweights, dbank, dbias
 
-    del bias
     here = per_shard(
         functools.partial(unless_exported, cpu.mix_backward, gradients),
         shared=(1,),
         summed=(1, 2),
     )
-    result: tuple[Array, ...] = _by_platform(here, gradients, weights, bank, dfilters)
-    return result
+    return *_by_platform(here, gradients, weights, bank, dfilters), None
 
 
 _native.defvjp(_native_forward, _native_backward)

@@ -329,7 +329,8 @@ def test_help_explains_every_option():
         for prefix, kinds in groups.items()
         for kind in kinds
         for field in dataclasses.fields(kind)
-        if field.name not in ("model", "train", "checkpoint", "config", "placement", "pods")
+        if prefix
+        or field.name not in ("model", "train", "checkpoint", "config", "placement", "pods")
     }
     assert set(explained) == names
     assert all(len(words) >= 2 for words in explained.values())

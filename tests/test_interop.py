@@ -1,4 +1,6 @@
+import functools
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,17 @@ from flax import linen as nn
 
 from drconv_jax import DRConv
 from drconv_jax.interop import import_torch
+from drconv_jax.models import MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
 
+KEY = jax.random.key(0)
 DATA = pathlib.Path(__file__).parent / "data"
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "parity"
+NETWORKS = {
+    "torchvision_shufflenet_v2_x0_5": ShuffleNetV2(num_classes=10, width=0.5),
+    "torchvision_mobilenet_v2_w0_25": MobileNetV2(num_classes=10, width=0.25),
+    "timm_mobilenetv1_w0_25": MobileNetV1(num_classes=10, width=0.25),
+    "insightface_mobilefacenet_s1": MobileFaceNet(),
+}
 
 
 def load(name):
@@ -74,7 +85,7 @@ def test_without_the_weight_that_tells_the_channels():
 
 
 def test_an_unknown_module():
-    with pytest.raises(TypeError, match="one of DRConv, got Dense"):
+    with pytest.raises(TypeError, match="one of DRConv, ShuffleNetV2, .* got Dense"):
         import_torch(nn.Dense(3), {})
 
 
@@ -83,3 +94,49 @@ def test_a_flat_weight_where_the_channels_are_told():
     params["conv_kernel.1.weight"] = params["conv_kernel.1.weight"].reshape(-1)
     with pytest.raises(ValueError, match=r"misshapen: conv_kernel.1.weight is .*, any, 1, 1\)"):
         import_torch(layer, params)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_outputs_of_public_networks(name):
+    path = SHARED / f"{name}.npz"
+    if not path.exists():
+        pytest.skip(f"{path} is not here")
+    golden = dict(np.load(path))
+    params = {k.removeprefix("param/"): v for k, v in golden.items() if k.startswith("param/")}
+    variables = import_torch(NETWORKS[name], params)
+    y = jax.jit(NETWORKS[name].apply)(variables, jnp.asarray(golden["x"]))
+    assert_close(y, golden["y"])
+
+
+def torch_state(model, size):
+    """A state dict of the names and shapes that the importer asks for."""
+    with pytest.raises(ValueError, match="missing: ") as error:
+        import_torch(model, {})
+    names = re.findall(r"missing: ([\w.]+)", str(error.value))
+    variables = jax.eval_shape(model.init, KEY, jnp.zeros((1, size, size, 3)))
+    assert len(names) == len(set(names)) == len(jax.tree.leaves(variables))
+    return names
+
+
+@pytest.mark.parametrize(
+    "model,names",
+    [
+        (ShuffleNetV2(num_classes=None, blocks=(1, 2, 1)), ["stage3.1.branch2.6.running_var"]),
+        (MobileNetV2(width=1.4), ["features.17.conv.3.weight", "classifier.1.bias"]),
+        (MobileNetV1(width=0.5), ["blocks.3.5.bn2.bias"]),
+        (
+            MobileFaceNet(512, width=2.0, blocks=(2, 1, 1, 1)),
+            ["layers.1.layers.1.layers.2.layers.1.bias", "features.layers.3.weight"],
+        ),
+    ],
+    ids=["shufflenet", "mobilenet v2", "mobilenet v1", "facenet"],
+)
+def test_other_widths_and_blocks_by_construction(model, names):
+    size = 112 if isinstance(model, MobileFaceNet) else 32
+    assert set(names) <= set(torch_state(model, size))
+
+
+def test_a_network_with_drconv_has_no_public_weights():
+    model = ShuffleNetV2(width=0.5, conv=functools.partial(DRConv, regions=2))
+    with pytest.raises(ValueError, match="ShuffleNetV2 must be plain for its public weights"):
+        import_torch(model, {})

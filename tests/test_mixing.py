@@ -77,3 +77,24 @@ def test_an_empty_batch_has_zero_gradients():
     filters, _, dbank, dbias = with_gradients(*args, cotangent)
     assert filters.shape == (0, 2, 1, 20)
     assert not dbank.any() and not dbias.any()
+
+
+@pytest.mark.parametrize("taps,regions", [(1, 5), (9, 5), (5, 1)])
+def test_filters_of_chosen_regions_are_made(taps, regions):
+    (weights, bank, bias), _ = draw(4, 6, taps, regions, 3, 40)
+    m = regions if regions > 1 else taps
+    guide = jax.random.normal(jax.random.key(5), (6, 2, 2, m)).at[1:].set(jnp.nan)
+    chosen = np.asarray(jax.nn.one_hot(guide.argmax(-1), m)).any(axis=(1, 2))
+    assert not chosen.all()
+    filters = np.asarray(jax.jit(mix)(weights, bank, bias, guide_features=guide))
+    expected = in_float64(weights, bank, bias, np.zeros(filters.shape))[0]
+    if regions == 1:
+        filters, expected = np.moveaxis(filters, 2, 1), np.moveaxis(expected, 2, 1)
+    np.testing.assert_allclose(filters[chosen], expected[chosen], rtol=1e-5, atol=1e-5)
+
+
+def test_every_filter_is_made_for_the_gradient():
+    args, cotangent = draw(6, 3, 1, 4, 2, 20)
+    guide = jnp.zeros((3, 7, 4))  # all choose the first region
+    filters, vjp = jax.vjp(lambda *args: mix(*args, guide_features=guide), *args)
+    assert_close((filters, *vjp(cotangent)), args, cotangent, 1e-6)

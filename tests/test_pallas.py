@@ -172,7 +172,7 @@ def test_bytes_and_memory_on_tpu(tpu, size, channels):
     assert both.memory_analysis().temp_size_in_bytes < all_regions / 2 + copies
 
 
-@pytest.mark.parametrize("implementation", ["blocked", None])
+@pytest.mark.parametrize("implementation", ["blocked", "pallas", None])
 def test_a_pod_of_256_needs_no_collective(implementation):
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
     arguments, kw, dy = draw(36, batch=256, size=4, regions=2)

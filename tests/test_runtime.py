@@ -199,6 +199,7 @@ def shapes_of(state):
     )
 
 
+# Orbax leaves coroutines behind where arrays cannot be read.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage, tmp_path, capfd):
@@ -210,7 +211,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage,
     checkpoints = Checkpoints(tmp_path, keep=2)
     state, record = checkpoints.restore(shapes_of(state_like(0)))
     said = capfd.readouterr().err
-    gc.collect()  # reads of orbax's that its failure has left, which then complain
+    gc.collect()
     assert re.fullmatch(
         rf'warning: the checkpoint "{tmp_path}/checkpoints/3" is damaged and now '
         r'"damaged-checkpoint-3": .+\n',
@@ -508,13 +509,13 @@ def test_configurations_are_saved_compared_and_shown():
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert configs.from_json(Config, saved) == config
     assert configs.differences(config, PRESETS["small"]) == {
-        "model.blocks": ((1, 2, 3), (2, 2, 2)),
+        "model.blocks": ((1, 2, 3), None),
         "train.epochs": (7, 15),
     }
     lines = configs.shown(config, PRESETS["small"], "small").splitlines()
     assert len(lines) == len(configs.flat(config))
     assert [line.split(None, 1) for line in lines if "(small:" in line] == [
-        ["model.blocks", "(1, 2, 3)  (small: (2, 2, 2))"],
+        ["model.blocks", "(1, 2, 3)  (small: None)"],
         ["train.epochs", "7  (small: 15)"],
     ]
     del saved["train"]["epochs"]

@@ -1,23 +1,27 @@
 """ShuffleNetV2 (Ma et al., ECCV 2018, arXiv 1807.11164), plain or with DRConv.
 
-The paper's networks have one argument that DRConv needs: `conv`, what stands where DRConv replaces
-a convolution. Here these are the 1x1 convolutions of a block's main branch, as in the authors'
-released DR-ShuffleNetV2.
+What DRConv replaces are 1x1 convolutions of a block's main branch: the last one in the DRConv paper
+(by its multiply-adds), both in the authors' released DR-ShuffleNetV2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from drconv_jax import depthwise
-
-ConvFactory = Callable[..., nn.Module]
+from drconv_jax.models.parts import (
+    ConvFactory,
+    Placement,
+    block_convs,
+    check_width,
+    conv,
+    depthwise_conv,
+    norm,
+)
 
 # Table 5 of the paper: channels of stages 2, 3, 4 and of the last convolution.
 _CHANNELS = {
@@ -42,15 +46,17 @@ class Block(nn.Module):
     Attributes:
       features: channels of the output.
       strides: 1 or 2.
-      conv: makes the 1x1 convolutions of the main branch.
-      guide_regions: regions of a guide that the block computes once and gives to both of its
-        convolutions, as the released DRConv code does; None leaves the guide to each of them.
+      conv: makes the 1x1 convolutions of the main branch that `placement` names.
+      placement: "all" (both), or "last".
+      guide_regions: regions of a guide that the block makes of the branch's input and gives to
+        those convolutions, as the released DRConv code does; None leaves the guide to each.
       dtype: of the computation.
     """
 
     features: int
     strides: int = 1
     conv: ConvFactory = nn.Conv
+    placement: Placement = "all"
     guide_regions: int | None = None
     dtype: Dtype | None = None
 
@@ -59,34 +65,22 @@ class Block(nn.Module):
         self, x: Float[Array, "batch height width in"], *, train: bool = False
     ) -> Float[Array, "batch out_height out_width features"]:
         """Applies the block."""
-
-        def norm(name: str) -> nn.BatchNorm:
-            return _norm(name, train, self.dtype)
-
-        half = self.features // 2
+        half, dtype = self.features // 2, self.dtype
         if self.strides == 1:
             shortcut, x = jnp.split(x, 2, axis=-1)
         else:
-            shortcut = _depthwise(x, self.strides, "shortcut_depthwise", self.dtype)
-            shortcut = norm("shortcut_depthwise_norm")(shortcut)
-            shortcut = nn.Conv(
-                half, (1, 1), use_bias=False, dtype=self.dtype, name="shortcut_conv"
-            )(shortcut)
-            shortcut = nn.relu(norm("shortcut_norm")(shortcut))
+            shortcut = depthwise_conv(x, "shortcut_depthwise", strides=self.strides, dtype=dtype)
+            shortcut = norm(shortcut, "shortcut_depthwise_norm", train=train, dtype=dtype)
+            shortcut = conv(shortcut, half, "shortcut_conv", dtype=dtype)
+            shortcut = nn.relu(norm(shortcut, "shortcut_norm", train=train, dtype=dtype))
 
-        guide = {}
-        if self.guide_regions is not None:
-            features = nn.Conv(
-                self.guide_regions, (1, 1), use_bias=False, dtype=self.dtype, name="guide"
-            )(x)
-            guide = {"guide": features}
-
-        def conv(name: str) -> nn.Module:
-            return self.conv(half, (1, 1), use_bias=False, dtype=self.dtype, name=name)
-
-        x = nn.relu(norm("norm1")(conv("conv1")(x, **guide)))
-        x = norm("depthwise_norm")(_depthwise(x, self.strides, "depthwise", self.dtype))
-        x = nn.relu(norm("norm2")(conv("conv2")(x, **guide)))
+        first, last = block_convs(x, self.conv, self.placement, self.guide_regions, dtype)
+        x = first(x, half, "conv1")
+        x = nn.relu(norm(x, "norm1", train=train, dtype=dtype))
+        x = depthwise_conv(x, "depthwise", strides=self.strides, dtype=dtype)
+        x = norm(x, "depthwise_norm", train=train, dtype=dtype)
+        x = last(x, half, "conv2")
+        x = nn.relu(norm(x, "norm2", train=train, dtype=dtype))
         return channel_shuffle(jnp.concatenate([shortcut, x], axis=-1), 2)
 
 
@@ -109,8 +103,8 @@ class ShuffleNetV2(nn.Module):
       width: width multiplier; 0.5, 1, 1.5 and 2 have the paper's channels, others scale those of 1
         (in multiples of 4).
       blocks: blocks in stages 2, 3 and 4.
-      conv: makes the 1x1 convolutions of the blocks' main branches; called as `nn.Conv` is.
-      guide_regions: see `Block`.
+      conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
+      placement, guide_regions: see `Block`.
       stem_strides: strides of the first convolution and of the max pooling behind it; (1, 1) keeps
         small images large, and pooling with strides 1 is left out.
       dtype: of the computation.
@@ -120,46 +114,53 @@ class ShuffleNetV2(nn.Module):
     width: float = 1.0
     blocks: Sequence[int] = (4, 8, 4)
     conv: ConvFactory = nn.Conv
+    placement: Placement = "all"
     guide_regions: int | None = None
     stem_strides: tuple[int, int] = (2, 2)
     dtype: Dtype | None = None
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width in"], *, train: bool = False
-    ) -> Float[Array, "batch outputs"]:
-        """Logits, or pooled features without a classifier.
+        self,
+        x: Float[Array, "batch height width in"],
+        *,
+        train: bool = False,
+        features: bool = False,
+    ) -> Float[Array, "batch outputs"] | dict[int, Float[Array, "batch _ _ _"]]:
+        """Logits, or pooled features without a classifier, or feature maps.
 
         Args:
           x: images.
           train: whether batch norm uses (and updates) the batch's statistics.
+          features: whether to return, instead, the last feature map at every stride, by stride;
+            nothing behind them is run.
         """
         *stages, last = _channels(self.width)
-        conv_strides, pool_strides = self.stem_strides
-        x = nn.Conv(
-            _STEM_CHANNELS,
-            (3, 3),
-            conv_strides,
-            padding=1,
-            use_bias=False,
-            dtype=self.dtype,
-            name="stem_conv",
-        )(x)
-        x = nn.relu(_norm("stem_norm", train, self.dtype)(x))
+        strides, pool_strides = self.stem_strides
+        x = conv(x, _STEM_CHANNELS, "stem_conv", kernel=3, strides=strides, dtype=self.dtype)
+        x = nn.relu(norm(x, "stem_norm", train=train, dtype=self.dtype))
+        stride, maps = strides, {strides: x}
         if pool_strides > 1:
             x = nn.max_pool(x, (3, 3), (pool_strides, pool_strides), ((1, 1), (1, 1)))
-        for stage, (features, count) in enumerate(zip(stages, self.blocks, strict=True), start=2):
+            stride *= pool_strides
+            maps[stride] = x
+        for stage, (channels, count) in enumerate(zip(stages, self.blocks, strict=True), start=2):
             for block in range(count):
                 x = Block(
-                    features,
+                    channels,
                     strides=2 if block == 0 else 1,
                     conv=self.conv,
+                    placement=self.placement,
                     guide_regions=self.guide_regions,
                     dtype=self.dtype,
                     name=f"stage{stage}_block{block}",
                 )(x, train=train)
-        x = nn.Conv(last, (1, 1), use_bias=False, dtype=self.dtype, name="head_conv")(x)
-        x = nn.relu(_norm("head_norm", train, self.dtype)(x))
+            stride *= 2
+            maps[stride] = x
+        if features:
+            return maps
+        x = conv(x, last, "head_conv", dtype=self.dtype)
+        x = nn.relu(norm(x, "head_norm", train=train, dtype=self.dtype))
         x = x.mean(axis=(1, 2))
         if self.num_classes is None:
             return x
@@ -167,31 +168,8 @@ class ShuffleNetV2(nn.Module):
 
 
 def _channels(width: float) -> tuple[int, ...]:
-    if width <= 0:
-        raise ValueError(f"width must be positive, got {width}.")
+    check_width(width)
     if width in _CHANNELS:
         return _CHANNELS[width]
     *stages, last = _CHANNELS[1.0]
     return (*(max(4, round(c * width / 4) * 4) for c in stages), last)
-
-
-def _depthwise(x: Array, strides: int, name: str, dtype: Dtype | None) -> Array:
-    channels = x.shape[-1]
-    convolution = nn.Conv(
-        channels,
-        (3, 3),
-        strides,
-        padding=1,
-        feature_group_count=channels,
-        use_bias=False,
-        dtype=dtype,
-        conv_general_dilated=depthwise.conv_general_dilated,
-        name=name,
-    )
-    return convolution(x)
-
-
-def _norm(name: str, train: bool, dtype: Any) -> nn.BatchNorm:
-    return nn.BatchNorm(
-        use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
-    )

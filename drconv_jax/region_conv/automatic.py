@@ -17,16 +17,16 @@ from drconv_jax.region_conv.fused import Statics
 from drconv_jax.region_conv.sharding import per_shard
 
 
-def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
-    return _by_platform("forward", statics, x, filters, index)
+    return _by_platform("forward", statics, x, filters, guide_features)
 
 
 def backward(
-    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+    statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
-    return _by_platform("backward", statics, x, filters, index, y, dy)
+    return _by_platform("backward", statics, x, filters, guide_features, y, dy)
 
 
 def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
@@ -44,30 +44,54 @@ def unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *a
     A native kernel is a custom call that only this package knows; an exported program must run
     without it. Both functions return the same shapes.
     """
-    shapes = jax.eval_shape(exported, *args)
-    results = _unless_exported_p.bind(*args, inside=inside, exported=exported)
+    return _unless("exported", inside, exported, *args)
+
+
+def unless_partitioned(
+    inside: Callable[..., Any], partitioned: Callable[..., Any], *args: Array
+) -> Any:
+    """`inside(*args)`, but `partitioned(*args)` in a program that XLA parts among devices.
+
+    XLA cannot part a TPU kernel, nor be told how: it would gather the batch on every device. Within
+    `shard_map` a program is parted already. Both functions return the same shapes.
+    """
+    return _unless("partitioned", inside, partitioned, *args)
+
+
+def _unless(
+    condition: str, inside: Callable[..., Any], otherwise: Callable[..., Any], *args: Array
+) -> Any:
+    shapes = jax.eval_shape(otherwise, *args)
+    results = _unless_p.bind(*args, condition=condition, inside=inside, otherwise=otherwise)
     return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
 
-def _lower_unless_exported(
-    ctx: mlir.LoweringRuleContext, *args: Any, inside: Any, exported: Any
+def _lower_unless(
+    ctx: mlir.LoweringRuleContext, *args: Any, condition: str, inside: Any, otherwise: Any
 ) -> Any:
-    for_export = ctx.module_context.lowering_parameters.for_export
-    function = exported if for_export else inside
+    module = ctx.module_context
+    conditions = {
+        "exported": module.lowering_parameters.for_export,
+        # Only the context of a program that XLA parts by itself tells a number of devices.
+        "partitioned": getattr(module.axis_context, "num_devices", None) not in (None, 1),
+    }
+    function = otherwise if conditions[condition] else inside
     return mlir.lower_fun(lambda *a: jax.tree.leaves(function(*a)), multiple_results=True)(
         ctx, *args
     )
 
 
-_unless_exported_p = Primitive("unless_exported")
-_unless_exported_p.multiple_results = True
-_unless_exported_p.def_impl(lambda *args, inside, exported: jax.tree.leaves(jax.jit(inside)(*args)))
-_unless_exported_p.def_abstract_eval(
-    lambda *avals, inside, exported: [
+_unless_p = Primitive("unless")
+_unless_p.multiple_results = True
+_unless_p.def_impl(
+    lambda *args, condition, inside, otherwise: jax.tree.leaves(jax.jit(inside)(*args))
+)
+_unless_p.def_abstract_eval(
+    lambda *avals, condition, inside, otherwise: [
         ShapedArray(leaf.shape, leaf.dtype)
         for leaf in jax.tree.leaves(
-            jax.eval_shape(exported, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
+            jax.eval_shape(otherwise, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
         )
     ]
 )
-mlir.register_lowering(_unless_exported_p, _lower_unless_exported)
+mlir.register_lowering(_unless_p, _lower_unless)

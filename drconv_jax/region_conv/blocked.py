@@ -1,11 +1,14 @@
-"""Pure XLA: region by region, one product of one convolution's size at a time.
+"""Pure XLA: the positions of a sample, sorted by region, in blocks that share one filter.
 
-Runs everywhere and keeps nothing with a factor m in memory beyond the filters themselves.
+Runs everywhere, does little more than one convolution's arithmetic, and keeps nothing with a
+factor m in memory beyond the filters themselves. There are always as many blocks as any guide can
+need: shapes are fixed, samples stay apart, and a sharded batch stays sharded.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,28 +16,28 @@ from jaxtyping import Array, Float, Int
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.region_conv.fused import Statics
-from drconv_jax.region_conv.products import flat, matrices_of, patches_of
+from drconv_jax.region_conv.products import flat_regions, matrices_of, patches_of
 from drconv_jax.region_conv.sharding import varying_like
 
 
-def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
     patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
-    y = multiply(statics.precision, patches, matrices, flat(index))
-    return y.reshape(*index.shape, filters.shape[-1])
+    y = multiply(statics.precision, patches, matrices, flat_regions(guide_features))
+    return y.reshape(*guide_features.shape[:-1], filters.shape[-1])
 
 
 def backward(
-    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+    statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
     patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
     matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
     dpatches, dmatrices, scores = multiply_backward(
-        statics.precision, patches, matrices, flat(index), dy
+        statics.precision, patches, matrices, flat_regions(guide_features), dy
     )
-    return *to_input(dpatches), *to_filters(dmatrices), scores.reshape(*index.shape, -1)
+    return *to_input(dpatches), *to_filters(dmatrices), scores.reshape(guide_features.shape)
 
 
 def multiply(
@@ -44,17 +47,19 @@ def multiply(
     index: Int[Array, "batch positions"],
 ) -> Float[Array, "batch positions groups features"]:
     """Every position's window times the matrix of its region."""
-    own = index[..., None, None]
+    blocks = _blocks_of(index, matrices.shape[1])
+    rows = _rows(patches, blocks.position)
 
-    def add_region(region: Array, y: Array) -> Array:
-        product = _einsum("bpgk,bgkf->bpgf", patches, matrices[:, region], precision)
-        return jnp.where(own == region.astype(own.dtype), product, y)
+    def product(_: None, block: Array) -> tuple[None, Array]:
+        matrix = jax.vmap(lambda matrices, region: matrices[region])(
+            matrices, blocks.region[:, block]
+        )
+        y = _einsum("btgk,bgkf->btgf", rows[:, block], matrix, precision)
+        return None, y.astype(patches.dtype)
 
-    y = jnp.zeros((*patches.shape[:3], matrices.shape[-1]), accumulator(patches.dtype))
-    y = jax.lax.fori_loop(
-        0, matrices.shape[1], add_region, varying_like(y, patches, matrices, index)
-    )
-    return y.astype(patches.dtype)
+    _, y = jax.lax.scan(product, None, jnp.arange(rows.shape[1]))
+    y = jnp.moveaxis(y, 0, 1)
+    return _rows(y.reshape(y.shape[0], y.shape[1] * y.shape[2], *y.shape[3:]), blocks.slot)
 
 
 def multiply_backward(
@@ -68,26 +73,90 @@ def multiply_backward(
     Float[Array, "batch regions groups taps_in features"],
     Float[Array, "batch positions regions"],
 ]:
-    """The gradients of the windows and the matrices, and every region's score."""
+    """The gradients of the windows and the matrices, and every region's score.
+
+    A score <dy, W_j x> is taken as <W_j^T dy, x>, whose left side is the windows' gradient where
+    the region is the chosen one.
+    """
     chosen = index[..., None, None]
 
-    def region_gradients(dpatches: Array, region: Array) -> tuple[Array, tuple[Array, Array]]:
-        matrix = matrices[:, region]
-        own = jnp.where(chosen == region, dy, jnp.zeros((), dy.dtype))
-        product = _einsum("bpgk,bgkf->bpgf", patches, matrix, precision)
-        score = (product * dy.astype(product.dtype)).sum(axis=(-1, -2))
-        dmatrix = _einsum("bpgk,bpgf->bgkf", patches, own, precision).astype(matrices.dtype)
-        dpatches = dpatches + _einsum("bpgf,bgkf->bpgk", own, matrix, precision)
-        return dpatches, (dmatrix, score)
+    def score(dpatches: Array, region: Array) -> tuple[Array, Array]:
+        product = _einsum("bpgf,bgkf->bpgk", dy, matrices[:, region], precision)
+        dpatches = jnp.where(chosen == region, product, dpatches)
+        return dpatches, (product * patches.astype(product.dtype)).sum(axis=(-1, -2))
 
-    start = jnp.zeros(patches.shape, accumulator(patches.dtype))
-    dpatches, (dmatrices, scores) = jax.lax.scan(
-        region_gradients,
-        varying_like(start, patches, matrices, index, dy),
+    wide = accumulator(patches.dtype)
+    dpatches, scores = jax.lax.scan(
+        score,
+        varying_like(jnp.zeros(patches.shape, wide), patches, matrices, index, dy),
         jnp.arange(matrices.shape[1], dtype=index.dtype),
     )
-    dmatrices, scores = jnp.moveaxis(dmatrices, 0, 1), jnp.moveaxis(scores, 0, -1)
-    return dpatches.astype(patches.dtype), dmatrices, scores
+
+    blocks = _blocks_of(index, matrices.shape[1])
+    rows, drows = _rows(patches, blocks.position), _rows(dy, blocks.position)
+
+    def add_block(dmatrices: Array, block: Array) -> tuple[Array, None]:
+        product = _einsum("btgk,btgf->bgkf", rows[:, block], drows[:, block], precision)
+        add = jax.vmap(lambda sums, region, product: sums.at[region].add(product))
+        return add(dmatrices, blocks.region[:, block], product), None
+
+    dmatrices, _ = jax.lax.scan(
+        add_block,
+        varying_like(jnp.zeros(matrices.shape, wide), patches, matrices, index, dy),
+        jnp.arange(rows.shape[1]),
+    )
+    return (
+        dpatches.astype(patches.dtype),
+        dmatrices.astype(matrices.dtype),
+        jnp.moveaxis(scores, 0, -1),
+    )
+
+
+class _Blocks(NamedTuple):
+    """Where the positions of a sample stand once they are sorted into blocks of their region.
+
+    Attributes:
+      slot: of every position, among the rows of all blocks.
+      position: of every row; one past the last where a row is left empty.
+      region: of every block.
+    """
+
+    slot: Int[Array, "*batch positions"]
+    position: Int[Array, "*batch blocks rows"]
+    region: Int[Array, "*batch blocks"]
+
+
+@functools.partial(jax.vmap, in_axes=(0, None))
+def _blocks_of(index: Int[Array, positions], regions: int) -> _Blocks:
+    positions = len(index)
+    rows = _rows_of_a_block(positions, regions)
+    blocks = (positions + regions * (rows - 1)) // rows  # no guide needs more
+    own = jax.nn.one_hot(index, regions, dtype=jnp.int32)
+    seen = jnp.cumsum(own, axis=0)
+    end = jnp.cumsum(-(-own.sum(axis=0, dtype=jnp.int32) // rows))
+    first_slot = jnp.pad(end, (1, 0))[:-1] * rows
+    slot = (own * (first_slot[None] + seen - 1)).sum(axis=1, dtype=jnp.int32)
+    position = jnp.full(blocks * rows, positions, jnp.int32)
+    position = position.at[slot].set(jnp.arange(positions, dtype=jnp.int32), unique_indices=True)
+    region = jnp.searchsorted(
+        end, jnp.arange(blocks, dtype=jnp.int32), side="right", method="compare_all"
+    )
+    return _Blocks(slot, position.reshape(blocks, rows), jnp.minimum(region, regions - 1))
+
+
+def _rows_of_a_block(positions: int, regions: int) -> int:
+    """A power of two for about four blocks a region, between 8 and 64 rows."""
+    for rows in (64, 32, 16):
+        if positions >= 4 * rows * regions:
+            return rows
+    return 8
+
+
+def _rows(
+    values: Float[Array, "batch positions *rest"], index: Int[Array, batch * where]
+) -> Float[Array, batch * where * rest]:
+    """The rows of every sample that the index names, zeros where it names none."""
+    return jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=0))(values, index)
 
 
 def _einsum(equation: str, a: Array, b: Array, precision: Any) -> Array:

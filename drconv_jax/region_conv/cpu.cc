@@ -20,10 +20,12 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #ifdef __linux__
@@ -180,20 +182,41 @@ std::vector<int32_t> WindowOffsets(const Shape& s) {
   return offsets;
 }
 
+// The region of a position: that of its largest guide feature, the first of equals; NaN counts as
+// larger than any number. Whatever the bytes, it is a region that exists.
+template <typename G>
+INLINE int32_t RegionOf(const G* guide, int32_t regions) {
+  G top = guide[0];
+  bool any_nan = false;
+  for (int32_t j = 0; j < regions; ++j) {
+    top = guide[j] > top ? guide[j] : top;
+    any_nan |= guide[j] != guide[j];
+  }
+  int32_t region = 0;
+  if (any_nan) {
+    while (guide[region] == guide[region]) ++region;
+  } else {
+    for (int32_t j = regions - 1; j >= 0; --j) region = guide[j] == top ? j : region;
+  }
+  return region;
+}
+
 // One sample's positions, region by region; region j's are order[first[j] .. first[j + 1]).
 struct Regions {
   std::vector<int32_t> order, first;
 
-  void Sort(const int32_t* index, int64_t positions, int64_t regions) {
+  template <typename G>
+  INLINE void Sort(const G* guide, int64_t positions, int64_t regions) {
+    std::vector<int32_t> region(positions);
     order.resize(positions);
     first.assign(regions + 1, 0);
-    auto region = [&](int64_t p) {  // whatever the bytes, a region that exists
-      return static_cast<uint32_t>(index[p]) < regions ? index[p] : 0;
-    };
-    for (int64_t p = 0; p < positions; ++p) ++first[region(p) + 1];
+    for (int64_t p = 0; p < positions; ++p, guide += regions) {
+      region[p] = RegionOf(guide, static_cast<int32_t>(regions));
+      ++first[region[p] + 1];
+    }
     for (int64_t j = 0; j < regions; ++j) first[j + 1] += first[j];
     std::vector<int32_t> next(first.begin(), first.end() - 1);
-    for (int64_t p = 0; p < positions; ++p) order[next[region(p)]++] = static_cast<int32_t>(p);
+    for (int64_t p = 0; p < positions; ++p) order[next[region[p]]++] = static_cast<int32_t>(p);
   }
 };
 
@@ -229,8 +252,12 @@ auto BestFor(const Task&) -> void (*)(const Task&, int64_t) {
 
 class Workers {
  public:
+  using Job = std::function<void()>;
+
   explicit Workers(ffi::ThreadPool pool)
-      : pool_(pool), threads_(std::max<int64_t>(1, pool.num_threads())) {}
+      : Workers(pool.num_threads(), [pool](Job job) mutable { pool.Schedule(std::move(job)); }) {}
+  Workers(int64_t threads, std::function<void(Job)> schedule)
+      : threads_(std::max<int64_t>(1, threads)), schedule_(std::move(schedule)) {}
 
   int64_t threads() const { return threads_; }
 
@@ -256,15 +283,15 @@ class Workers {
       state->done += finished;
       if (state->done == count) state->all_done.notify_all();
     };
-    for (int64_t helper = 1; helper < std::min(count, threads_); ++helper) pool_.Schedule(decltype(work)(work));
+    for (int64_t helper = 1; helper < std::min(count, threads_); ++helper) schedule_(work);
     work();
     std::unique_lock<std::mutex> lock(state->mutex);
     state->all_done.wait(lock, [&] { return state->done == count; });
   }
 
  private:
-  ffi::ThreadPool pool_;
   int64_t threads_;
+  std::function<void(Job)> schedule_;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -283,13 +310,54 @@ INLINE void Pack(const T* source, int64_t rows, int64_t stride, int64_t width, T
   }
 }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+// A square of registers, transposed: each of log2(lanes) rounds interleaves one half with the other.
+template <typename Register, size_t... kLane>
+INLINE void Transpose(Register* square, std::index_sequence<kLane...>) {
+  constexpr int kLanes = sizeof...(kLane);
+  Register next[kLanes];
+#pragma GCC unroll 4
+  for (int round = 1; round < kLanes; round *= 2) {
+#pragma GCC unroll 8
+    for (int i = 0; i < kLanes / 2; ++i) {
+      const Register& low = square[i];
+      const Register& high = square[i + kLanes / 2];
+      next[2 * i] = __builtin_shufflevector(low, high, (kLane / 2 + kLane % 2 * kLanes)...);
+      next[2 * i + 1] =
+          __builtin_shufflevector(low, high, ((kLane + kLanes) / 2 + kLane % 2 * kLanes)...);
+    }
+    for (int i = 0; i < kLanes; ++i) square[i] = next[i];
+  }
+}
+#endif
+#endif
+
 // The same for the transpose: `width` rows of a matrix become the panel's columns.
-template <typename T>
+template <typename Isa, typename T>
 INLINE void PackTransposed(const T* source, int64_t columns, int64_t stride, int64_t width,
                            T* panel) {
-  for (int64_t c = 0; c < columns; ++c, panel += kPanelWidth<T>) {
-    for (int64_t i = 0; i < width; ++i) panel[i] = source[i * stride + c];
-    for (int64_t i = width; i < kPanelWidth<T>; ++i) panel[i] = 0;
+  int64_t c = 0;
+#ifdef SHUFFLES
+  using Register = typename Isa::template Panel<T>::Register;
+  constexpr int kLanes = Isa::template Panel<T>::kLanes;
+  for (; width == kPanelWidth<T> && c + kLanes <= columns; c += kLanes)
+    for (int64_t first = 0; first < width; first += kLanes) {
+      Register square[kLanes];
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        std::memcpy(&square[i], source + (first + i) * stride + c, sizeof(Register));
+      Transpose(square, std::make_index_sequence<kLanes>());
+#pragma GCC unroll 16
+      for (int i = 0; i < kLanes; ++i)
+        std::memcpy(panel + (c + i) * kPanelWidth<T> + first, &square[i], sizeof(Register));
+    }
+#endif
+  for (; c < columns; ++c) {
+    T* const row = panel + c * kPanelWidth<T>;
+    for (int64_t i = 0; i < width; ++i) row[i] = source[i * stride + c];
+    for (int64_t i = width; i < kPanelWidth<T>; ++i) row[i] = 0;
   }
 }
 
@@ -500,7 +568,21 @@ struct ScoresTask {
     const T* const dy = this->dy + at * shape.features;
     T* const scores = this->scores + at * shape.regions;
     std::unique_ptr<T[]> buffer(new T[shape.taps * shape.in_per_group * kPanelWidth<T>]);
-    std::unique_ptr<Register[]> sums_of(new Register[slice.end - slice.begin]);
+    const int64_t rows_here = slice.end - slice.begin;
+    std::unique_ptr<Register[]> sums_of(new Register[rows_here]);
+    // The cotangents of the panels that are not whole, zeros behind: every region reads them.
+    const int64_t tail = shape.features_per_group % kPanelWidth<T>;
+    std::unique_ptr<T[]> tails(new T[tail ? shape.groups * rows_here * kPanelWidth<T> : 0]);
+    for (int64_t g = 0; tail && g < shape.groups; ++g)
+      for (int64_t row = 0; row < rows_here; ++row)
+        Pack<T>(dy + order[slice.begin + row] * shape.features +
+                    (g + 1) * shape.features_per_group - tail,
+                1, 0, tail, &tails[(g * rows_here + row) * kPanelWidth<T>]);
+    const auto cotangent = [&](int64_t row, int64_t column, int64_t width) INLINE_LAMBDA {
+      if (width == kPanelWidth<T>) return Panel::Load(dy + order[row] * shape.features + column);
+      const int64_t g = column / shape.features_per_group;
+      return Panel::Load(&tails[(g * rows_here + row - slice.begin) * kPanelWidth<T>]);
+    };
     // Panel by panel, products with dy gather in a register for each row; lanes are added up once.
     const auto gather = [&](int64_t row, int64_t column, const Panel& with, const Panel& values)
                             INLINE_LAMBDA {
@@ -508,23 +590,20 @@ struct ScoresTask {
       sums_of[row - slice.begin] =
           column == 0 ? products : sums_of[row - slice.begin] + products;
     };
-    const auto load = [&](const T* source, int64_t width) INLINE_LAMBDA {
-      T padded[kPanelWidth<T>];
-      if (width < kPanelWidth<T>) {
-        Pack<T>(source, 1, 0, width, padded);
-        source = padded;
-      }
-      return Panel::Load(source);
-    };
     for (int64_t j = 0; j < shape.regions; ++j) {
       const int64_t own_begin = std::clamp<int64_t>(regions.first[j], slice.begin, slice.end);
       const int64_t own_end = std::clamp<int64_t>(regions.first[j + 1], slice.begin, slice.end);
-      Panels<T>(shape.features, [&](int64_t column, int64_t width) INLINE_LAMBDA {
-        for (int64_t row = own_begin; row < own_end; ++row) {
-          const int64_t at = order[row] * shape.features + column;
-          gather(row, column, load(dy + at, width), load(y + at, width));
-        }
-      });
+      for (int64_t g = 0; g < shape.groups; ++g)
+        Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+          const int64_t column = g * shape.features_per_group + first;
+          for (int64_t row = own_begin; row < own_end; ++row) {
+            const T* const own = y + order[row] * shape.features + column;
+            T padded[kPanelWidth<T>];
+            if (width < kPanelWidth<T>) Pack<T>(own, 1, 0, width, padded);
+            gather(row, column, cotangent(row, column, width),
+                   Panel::Load(width < kPanelWidth<T> ? padded : own));
+          }
+        });
       const int64_t others = slice.end - slice.begin - (own_end - own_begin);
       const T* const filter = arrays.Filter(slice.sample, j);
       Ahead ahead = arrays.template FilterAfter<Isa>(filter, others);
@@ -540,7 +619,7 @@ struct ScoresTask {
             Panel sums[R];
             Multiply<Isa, R, T>(windows, rows, weights, ahead, sums);
             for (int64_t r = 0; r < count; ++r, ++row)
-              gather(row, column, load(dy + rows[r] * shape.features + column, width), sums[r]);
+              gather(row, column, cotangent(row, column, width), sums[r]);
           };
           Blocks<Isa>(order + slice.begin, own_begin - slice.begin, fold);
           row = own_end;
@@ -587,7 +666,7 @@ struct InputGradientTask {
         const T* filter = arrays.Filter(sample, j) +
                           (tap * shape.in_per_group + first) * shape.features +
                           g * shape.features_per_group;
-        PackTransposed(filter, shape.features_per_group, shape.features, width, panel.get());
+        PackTransposed<Isa>(filter, shape.features_per_group, shape.features, width, panel.get());
         const Weights<T> weights = {panel.get(), kPanelWidth<T>};
         Blocks<Isa>(regions.order.data() + regions.first[j], regions.first[j + 1] - regions.first[j],
                     [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
@@ -676,15 +755,17 @@ struct FilterGradientTask {
 };
 
 // The small jobs, for one sample: sorting, and copies between storage and computing types.
+template <typename G>
 struct SortTask {
   using Value = int32_t;
   const Shape& shape;
-  const int32_t* index;
+  const G* guide;
   std::vector<Regions>& regions;
 
   template <typename Isa>
   INLINE void Run(int64_t sample) const {
-    regions[sample].Sort(index + sample * shape.positions, shape.positions, shape.regions);
+    regions[sample].Sort(guide + sample * shape.positions * shape.regions, shape.positions,
+                         shape.regions);
   }
 };
 
@@ -804,10 +885,27 @@ struct BankChunk {
   }
 };
 
+// Which filters are of use: needed[b * m + j] tells whether a position of sample b chose region j.
+// The guide's m regions are the mixture's or, where it has but one, its taps.
+template <typename G>
+struct NeededTask {
+  using Value = int32_t;
+  int64_t positions, m;
+  const G* guide;
+  char* needed;
+
+  template <typename Isa>
+  INLINE void Run(int64_t sample) const {
+    for (int64_t p = sample * positions; p < (sample + 1) * positions; ++p)
+      needed[sample * m + RegionOf(guide + p * m, static_cast<int32_t>(m))] = 1;
+  }
+};
+
 template <typename T>
 struct MixTask {
   using Value = T;
   const MixShape& shape;
+  const std::vector<char>& needed;  // see NeededTask; empty where every filter is
   const T* weights;
   const T* bank;
   const T* bias;
@@ -817,9 +915,11 @@ struct MixTask {
   INLINE void Run(int64_t number) const {
     using Panel = typename Isa::template Panel<T>;
     const BankChunk<T> chunk(shape, number, bank, bias);
-    std::vector<int32_t> all(shape.rows());
-    std::iota(all.begin(), all.end(), 0);
-    Blocks<Isa>(all.data(), shape.rows(), [&](auto block, const int32_t* rows, int64_t count)
+    std::vector<int32_t> made;
+    for (int64_t row = 0; row < shape.rows(); ++row)
+      if (needed.empty() || needed[shape.regions > 1 ? row / shape.taps * shape.regions + chunk.region : row])
+        made.push_back(row);
+    Blocks<Isa>(made.data(), made.size(), [&](auto block, const int32_t* rows, int64_t count)
                                               INLINE_LAMBDA {
       constexpr int R = decltype(block)::value;
       const T* weight[R];
@@ -943,13 +1043,13 @@ struct SumPartsTask {
 
 template <typename S, typename T>
 void Mix(const MixShape& shape, Workers& workers, const void* weights, const void* bank,
-         const void* bias, void* filters) {
+         const void* bias, const std::vector<char>& needed, void* filters) {
   const Widened<S, T> w(workers, weights, shape.rows(), shape.regions * shape.n);
   const Widened<S, T> values(workers, bank, shape.regions * shape.n, shape.size);
   const Widened<S, T> start(workers, bias, shape.regions, shape.size);
   Narrowed<S, T> result(filters, shape.rows() * shape.regions, shape.size);
   workers.For(shape.regions * shape.chunks<T>(),
-              MixTask<T>{shape, w.data(), values.data(), start.data(), result.data()});
+              MixTask<T>{shape, needed, w.data(), values.data(), start.data(), result.data()});
   result.Finish(workers);
 }
 
@@ -978,11 +1078,12 @@ void MixBackward(const MixShape& shape, Workers& workers, const void* weights, c
 
 using Numbers = ffi::Span<const int64_t>;
 
-ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::AnyBuffer index,
+ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::AnyBuffer guide,
                               Numbers strides, Numbers low, Numbers dilation, int64_t groups) {
-  const auto xs = x.dimensions(), ws = filters.dimensions(), is = index.dimensions();
-  if (xs.size() != 5 || ws.size() != 7 || is.size() != 4 || strides.size() != 3 ||
-      low.size() != 3 || dilation.size() != 3 || index.element_type() != ffi::DataType::S32)
+  const auto xs = x.dimensions(), ws = filters.dimensions(), gs = guide.dimensions();
+  if (xs.size() != 5 || ws.size() != 7 || gs.size() != 5 || gs[4] != ws[1] || strides.size() != 3 ||
+      low.size() != 3 || dilation.size() != 3 ||
+      (guide.element_type() != ffi::DataType::F32 && guide.element_type() != ffi::DataType::F64))
     return ffi::Unexpected(ffi::Error::InvalidArgument("region_conv: malformed call"));
   Shape s;
   s.batch = xs[0];
@@ -996,7 +1097,7 @@ ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::Any
   for (int d = 0; d < 3; ++d) {
     s.spatial[d] = xs[1 + d];
     s.kernel[d] = ws[2 + d];
-    s.out[d] = is[1 + d];
+    s.out[d] = gs[1 + d];
     s.strides[d] = strides[d];
     s.low[d] = low[d];
     s.dilation[d] = dilation[d];
@@ -1025,7 +1126,7 @@ struct Prepared {
   int64_t parts;  // slices of a sample: enough for every thread, none of a few rows only
 
   Prepared(const Shape& shape, Workers& workers, const void* x_values, const void* filter_values,
-           const int32_t* index)
+           ffi::AnyBuffer guide)
       : x(workers, x_values, shape.batch, shape.in_positions * shape.in),
         filters(workers, filter_values, shape.batch, shape.regions * shape.filter_size()),
         offsets(Pointwise(shape) ? std::vector<int32_t>() : WindowOffsets(shape)),
@@ -1034,7 +1135,11 @@ struct Prepared {
         arrays{shape,   x.data(),    filters.data(), Pointwise(shape) ? nullptr : offsets.data(),
                regions, zeros.data()},
         parts(1) {
-    workers.For(shape.batch, SortTask{shape, index, regions});
+    if (guide.element_type() == ffi::DataType::F64) {
+      workers.For(shape.batch, SortTask<double>{shape, guide.typed_data<double>(), regions});
+    } else {
+      workers.For(shape.batch, SortTask<float>{shape, guide.typed_data<float>(), regions});
+    }
     const int64_t wanted = 4 * workers.threads();
     if (shape.batch > 0 && shape.batch < wanted)
       parts = std::clamp<int64_t>(wanted / shape.batch, 1, std::max<int64_t>(1, shape.positions / 64));
@@ -1043,8 +1148,8 @@ struct Prepared {
 
 template <typename S, typename T>
 void Forward(const Shape& shape, Workers& workers, const void* x, const void* filters,
-             const int32_t* index, void* y) {
-  const Prepared<S, T> call(shape, workers, x, filters, index);
+             ffi::AnyBuffer guide, void* y) {
+  const Prepared<S, T> call(shape, workers, x, filters, guide);
   Narrowed<S, T> output(y, shape.batch, shape.positions * shape.features);
   workers.For(shape.batch * call.parts, ForwardTask<T>{call.arrays, call.parts, output.data()});
   output.Finish(workers);
@@ -1052,9 +1157,9 @@ void Forward(const Shape& shape, Workers& workers, const void* x, const void* fi
 
 template <typename S, typename T>
 void Backward(const Shape& shape, Workers& workers, const void* x, const void* filters,
-              const int32_t* index, const void* y, const void* dy, void* dx, void* dfilters,
+              ffi::AnyBuffer guide, const void* y, const void* dy, void* dx, void* dfilters,
               void* scores) {
-  const Prepared<S, T> call(shape, workers, x, filters, index);
+  const Prepared<S, T> call(shape, workers, x, filters, guide);
   const int64_t out_size = shape.positions * shape.features;
   const Widened<S, T> output(workers, y, shape.batch, out_size);
   const Widened<S, T> cotangent(workers, dy, shape.batch, out_size);
@@ -1092,30 +1197,28 @@ ffi::Error ByType(ffi::DataType type, const Body& body) {
 }
 
 ffi::Error ForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer filters,
-                          ffi::AnyBuffer index, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
+                          ffi::AnyBuffer guide, ffi::Result<ffi::AnyBuffer> y, Numbers strides,
                           Numbers low, Numbers dilation, int64_t groups) {
-  auto shape = ReadShape(x, filters, index, strides, low, dilation, groups);
+  auto shape = ReadShape(x, filters, guide, strides, low, dilation, groups);
   if (!shape.has_value()) return shape.error();
   Workers workers(pool);
   return ByType(x.element_type(), [&](auto s, auto t) {
     Forward<decltype(s), decltype(t)>(*shape, workers, x.untyped_data(), filters.untyped_data(),
-                                      static_cast<const int32_t*>(index.untyped_data()),
-                                      y->untyped_data());
+                                      guide, y->untyped_data());
   });
 }
 
 ffi::Error BackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer filters,
-                           ffi::AnyBuffer index, ffi::AnyBuffer y, ffi::AnyBuffer dy,
+                           ffi::AnyBuffer guide, ffi::AnyBuffer y, ffi::AnyBuffer dy,
                            ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dfilters,
                            ffi::Result<ffi::AnyBuffer> scores, Numbers strides, Numbers low,
                            Numbers dilation, int64_t groups) {
-  auto shape = ReadShape(x, filters, index, strides, low, dilation, groups);
+  auto shape = ReadShape(x, filters, guide, strides, low, dilation, groups);
   if (!shape.has_value()) return shape.error();
   Workers workers(pool);
   return ByType(x.element_type(), [&](auto s, auto t) {
     Backward<decltype(s), decltype(t)>(*shape, workers, x.untyped_data(), filters.untyped_data(),
-                                       static_cast<const int32_t*>(index.untyped_data()),
-                                       y.untyped_data(), dy.untyped_data(), dx->untyped_data(),
+                                       guide, y.untyped_data(), dy.untyped_data(), dx->untyped_data(),
                                        dfilters->untyped_data(), scores->untyped_data());
   });
 }
@@ -1129,13 +1232,24 @@ ffi::ErrorOr<MixShape> ReadMixShape(ffi::AnyBuffer weights, ffi::AnyBuffer bank)
 }
 
 ffi::Error MixHandler(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer bank,
-                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> filters) {
+                      ffi::AnyBuffer bias, ffi::AnyBuffer guide,
+                      ffi::Result<ffi::AnyBuffer> filters) {
   auto shape = ReadMixShape(weights, bank);
   if (!shape.has_value()) return shape.error();
+  const auto gs = guide.dimensions();  // (batch, positions, m), no position where all are needed
+  if (gs.size() != 3 || gs[2] != (shape->regions > 1 ? shape->regions : shape->taps))
+    return ffi::Error::InvalidArgument("mix: malformed call");
   Workers workers(pool);
+  std::vector<char> needed(gs[1] > 0 ? gs[0] * gs[2] : 0);
+  if (needed.empty()) {
+  } else if (guide.element_type() == ffi::DataType::F64) {
+    workers.For(gs[0], NeededTask<double>{gs[1], gs[2], guide.typed_data<double>(), needed.data()});
+  } else {
+    workers.For(gs[0], NeededTask<float>{gs[1], gs[2], guide.typed_data<float>(), needed.data()});
+  }
   return ByType(weights.element_type(), [&](auto s, auto t) {
     Mix<decltype(s), decltype(t)>(*shape, workers, weights.untyped_data(), bank.untyped_data(),
-                                  bias.untyped_data(), filters->untyped_data());
+                                  bias.untyped_data(), needed, filters->untyped_data());
   });
 }
 
@@ -1158,6 +1272,7 @@ ffi::Error MixBackwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi:
 XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mix, MixHandler,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()

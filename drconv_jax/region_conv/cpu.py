@@ -52,31 +52,31 @@ def does(dtype: jnp.dtype) -> bool:
     return available() and dtype in _DTYPES
 
 
-def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
-    arguments, attributes = _prepare(statics, x, filters, index)
-    shape = jax.ShapeDtypeStruct((*arguments[2].shape, filters.shape[-1]), x.dtype)
+    arguments, attributes = _prepare(statics, x, filters, guide_features)
+    shape = jax.ShapeDtypeStruct((*arguments[2].shape[:-1], filters.shape[-1]), x.dtype)
     y: Array = jax.ffi.ffi_call(_FORWARD, shape)(*arguments, **attributes)
-    return y.reshape(*index.shape, y.shape[-1])
+    return y.reshape(*guide_features.shape[:-1], y.shape[-1])
 
 
 def backward(
-    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+    statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
-    arguments, attributes = _prepare(statics, x, filters, index)
-    scores = jax.ShapeDtypeStruct((*index.shape, filters.shape[1]), accumulator(x.dtype))
+    arguments, attributes = _prepare(statics, x, filters, guide_features)
+    scores = jax.ShapeDtypeStruct(guide_features.shape, accumulator(x.dtype))
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2]]
     call = jax.ffi.ffi_call(_BACKWARD, (*like, scores))
     dx, dfilters, scores_of = call(*arguments, y, dy, **attributes)
     return dx.reshape(x.shape), dfilters.reshape(filters.shape), scores_of
 
 
-def mix(weights: Array, bank: Array, bias: Array) -> Array:
-    """See `drconv_jax.mixing.mix`."""
+def mix(weights: Array, bank: Array, bias: Array, guide_features: Array) -> Array:
+    """See `drconv_jax.mixing.mix`; a guide without positions needs every filter."""
     batch, taps, regions, _ = weights.shape
     shape = jax.ShapeDtypeStruct((batch, regions, taps, bank.shape[-1]), weights.dtype)
-    filters: Array = jax.ffi.ffi_call(_MIX, shape)(weights, bank, bias)
+    filters: Array = jax.ffi.ffi_call(_MIX, shape)(weights, bank, bias, guide_features)
     return filters
 
 
@@ -89,7 +89,7 @@ def mix_backward(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, A
 
 
 def _prepare(
-    statics: Statics, x: Array, filters: Array, index: Array
+    statics: Statics, x: Array, filters: Array, guide_features: Array
 ) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
     """Arguments with three spatial dimensions each, and the attributes that go with them."""
     if not available():
@@ -108,5 +108,6 @@ def _prepare(
     }
     x = jnp.expand_dims(x, range(1, 1 + missing))
     filters = jnp.expand_dims(filters, range(2, 2 + missing))
-    index = jnp.expand_dims(index, range(1, 1 + missing))
-    return (x, filters, index), attributes
+    guide = guide_features.astype(accumulator(guide_features.dtype))
+    guide = jnp.expand_dims(guide, range(1, 1 + missing))
+    return (x, filters, guide), attributes

@@ -10,10 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Window
-from drconv_jax.guide import region_index, softmax_vjp
+from drconv_jax.guide import softmax_vjp
 from drconv_jax.region_conv.sharding import per_shard
 
 
@@ -44,7 +44,7 @@ class Statics:
 
 @runtime_checkable
 class Kernel(Protocol):
-    """A region convolution given the regions, and its gradients.
+    """A region convolution and its gradients, but for that of the guide's choice.
 
     Neither function is differentiated. Either raises NotImplementedError at trace time for what
     it does not do.
@@ -55,16 +55,16 @@ class Kernel(Protocol):
         statics: Statics,
         x: Float[Array, "batch *spatial in"],
         filters: Float[Array, "batch regions *kernel in_per_group features"],
-        index: Int[Array, batch * out_spatial],
+        guide_features: Float[Array, "batch *out_spatial regions"],
     ) -> Float[Array, "batch *out_spatial features"]:
-        """y[p] = W[index[p]] applied to the window of x at p."""
+        """y[p] = W[argmax F[p]] applied to the window of x at p."""
 
     def backward(
         self,
         statics: Statics,
         x: Float[Array, "batch *spatial in"],
         filters: Float[Array, "batch regions *kernel in_per_group features"],
-        index: Int[Array, batch * out_spatial],
+        guide_features: Float[Array, "batch *out_spatial regions"],
         y: Float[Array, "batch *out_spatial features"],
         dy: Float[Array, "batch *out_spatial features"],
     ) -> tuple[
@@ -78,7 +78,7 @@ class Kernel(Protocol):
 def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
     """The differentiable region convolution of a kernel (Eq. 3-8).
 
-    The kernel computes on indices; the guide's hard choice and its softmax gradient are here.
+    The kernel gives every region's score; the guide's softmax gradient is made of them here.
 
     Args:
       kernel: forward and backward.
@@ -92,7 +92,7 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def convolve(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
         forward = with_batch_axis(kernel.forward, statics)
-        return forward(x, filters, region_index(guide_features))
+        return forward(x, filters, guide_features)
 
     def convolve_forward(
         statics: Statics, x: Array, filters: Array, guide_features: Array
@@ -105,7 +105,7 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
     ) -> tuple[Array, Array, Array]:
         x, filters, guide_features, y = residuals
         backward = with_batch_axis(kernel.backward, statics)
-        dx, dfilters, scores = backward(x, filters, region_index(guide_features), y, dy)
+        dx, dfilters, scores = backward(x, filters, guide_features, y, dy)
         return dx, dfilters, softmax_vjp(guide_features, scores)
 
     convolve.defvjp(convolve_forward, convolve_backward)

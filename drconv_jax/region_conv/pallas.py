@@ -17,42 +17,44 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from drconv_jax.region_conv import pallas_gpu, pallas_tpu
+from drconv_jax.region_conv.automatic import unless_partitioned
 from drconv_jax.region_conv.blocked import multiply, multiply_backward
 from drconv_jax.region_conv.fused import Statics
-from drconv_jax.region_conv.products import flat, matrices_of, patches_of
+from drconv_jax.region_conv.products import flat_regions, matrices_of, patches_of
+from drconv_jax.region_conv.sharding import varying
 
 # JAX 0.12 deprecates Pallas' way to Triton: from there on a GPU computes region by region.
 TRITON = jax.__version_info__ < (0, 12)
-_GPU: dict[str, Callable[..., Any]] = {
-    "forward": pallas_gpu.forward if TRITON else multiply,
-    "backward": pallas_gpu.backward if TRITON else multiply_backward,
-}
+_XLA: dict[str, Callable[..., Any]] = {"forward": multiply, "backward": multiply_backward}
+_GPU: dict[str, Callable[..., Any]] = (
+    {"forward": pallas_gpu.forward, "backward": pallas_gpu.backward} if TRITON else _XLA
+)
 
 
-def forward(statics: Statics, x: Array, filters: Array, index: Array) -> Array:
+def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
     _check(x)
-    shape = (*index.shape, filters.shape[-1])
+    shape = (*guide_features.shape[:-1], filters.shape[-1])
     if math.prod(shape) * x.size == 0:
         return jnp.zeros(shape, x.dtype)
     patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
-    y = _by_platform("forward", statics, patches, matrices, flat(index))
+    y = _by_platform("forward", statics, patches, matrices, flat_regions(guide_features))
     return y.reshape(shape)
 
 
 def backward(
-    statics: Statics, x: Array, filters: Array, index: Array, y: Array, dy: Array
+    statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
     _check(x)
-    shape = (*index.shape, filters.shape[1])
+    shape = guide_features.shape
     if dy.size * x.size == 0:
         return jnp.zeros_like(x), jnp.zeros_like(filters), jnp.zeros(shape, jnp.float32)
     patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
     matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
     dpatches, dmatrices, scores = _by_platform(
-        "backward", statics, patches, matrices, flat(index), dy
+        "backward", statics, patches, matrices, flat_regions(guide_features), dy
     )
     return *to_input(dpatches), *to_filters(dmatrices), scores.reshape(shape)
 
@@ -64,7 +66,11 @@ def _check(x: Array) -> None:
 
 def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
     tpu = functools.partial(getattr(pallas_tpu, direction), statics.precision)
+    xla = functools.partial(_XLA[direction], statics.precision)
     gpu = functools.partial(_GPU[direction], statics.precision)
     return jax.lax.platform_dependent(
-        *arrays, tpu=tpu, cuda=gpu, default=functools.partial(tpu, interpret=True)
+        *arrays,
+        tpu=varying(functools.partial(unless_partitioned, tpu, xla)),
+        cuda=gpu,
+        default=functools.partial(tpu, interpret=True),
     )

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from drconv_jax.geometry import tap_views
+from drconv_jax.guide import region_index
 from drconv_jax.region_conv.fused import Statics
 
 
@@ -36,6 +37,9 @@ def matrices_of(
     return jnp.moveaxis(split, -2, 2)
 
 
-def flat(index: Int[Array, batch * out_spatial]) -> Int[Array, "batch positions"]:
+def flat_regions(
+    guide_features: Float[Array, "batch *out_spatial regions"],
+) -> Int[Array, "batch positions"]:
     """The regions of a sample's positions in one row."""
+    index = region_index(guide_features)
     return index.reshape(index.shape[0], math.prod(index.shape[1:]))

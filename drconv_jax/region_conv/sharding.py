@@ -51,9 +51,17 @@ def per_shard(
             sharding_rule=rule,
             need_replication_factors=tuple(name for name in names if name in rule.split()),
         )
-        return varying_like(partitioned(*args), *args)
+        # TPUs take no custom partitioning: there `function` itself must be one that XLA can part.
+        return jax.lax.platform_dependent(
+            *args, tpu=varying(function), default=varying(partitioned)
+        )
 
     return call
+
+
+def varying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, its results typed as varying over the axes that its arguments vary over."""
+    return lambda *args: varying_like(function(*args), *args)
 
 
 def varying_like(values: Any, *like: Array) -> Any:

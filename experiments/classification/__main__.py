@@ -1,4 +1,4 @@
-"""Trains a ShuffleNetV2, with DRConv or plain, to classify images.
+"""Trains a network, with DRConv or plain, to classify images.
 
 Without arguments: a small DR-ShuffleNetV2 on scikit-learn's handwritten digits, in a few minutes on
 a CPU. The run's folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, report.json and
@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import math
 import pathlib
 import sys
 import time
@@ -25,8 +24,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from rich.console import Console
 
-from drconv_jax import DRConv, viz
-from drconv_jax.models import ShuffleNetV2
+from drconv_jax import viz
+from experiments.classification.model import ModelConfig
 from experiments.runtime import configs, data, dry_run
 from experiments.runtime import mesh as meshes
 from experiments.runtime.checkpoints import CheckpointConfig
@@ -35,58 +34,6 @@ from experiments.runtime.files import replacing, write_text
 from experiments.runtime.loop import steps_per_epoch, train
 from experiments.runtime.recipes import RECIPES, Recipe
 from experiments.runtime.training import normalize
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Which network."""
-
-    conv: Literal["drconv", "standard"] = "drconv"
-    """What stands at the 1x1 convolutions of the blocks' main branches."""
-    width: float = 0.5
-    """Width multiplier of ShuffleNetV2."""
-    blocks: tuple[int, int, int] = (2, 2, 2)
-    """Blocks in stages 2, 3 and 4; the paper's network has 4 8 4."""
-    stem_strides: tuple[int, int] = (1, 2)
-    """Strides of the first convolution and of the pooling behind it; 2 2 for large images."""
-    regions: int = 8
-    """m, the regions of a DRConv."""
-    filter_generator: Literal["pooled", "experts"] = "pooled"
-    """The paper's filter generator or the released code's."""
-    shared_guide: bool = False
-    """Whether the convolutions of a block share one guide, as in the released code."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the computation."""
-
-    def __post_init__(self) -> None:
-        for name, within, allowed in (
-            ("width", 0 < self.width < math.inf, "positive and finite"),
-            ("blocks", min(self.blocks) >= 1, "at least 1 each"),
-            ("stem_strides", min(self.stem_strides) >= 1, "at least 1 each"),
-            ("regions", self.regions >= 1, "at least 1"),
-        ):
-            if not within:
-                option, value = name.replace("_", "-"), getattr(self, name)
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"--model.{option} must be {allowed}, got {shown}.")
-
-    def build(self, num_classes: int) -> ShuffleNetV2:
-        """The network for this many classes."""
-        dr = self.conv == "drconv"
-        conv: Any = nn.Conv
-        if dr:
-            conv = functools.partial(
-                DRConv, regions=self.regions, filter_generator=self.filter_generator
-            )
-        return ShuffleNetV2(
-            num_classes=num_classes,
-            width=self.width,
-            blocks=self.blocks,
-            conv=conv,
-            guide_regions=self.regions if dr and self.shared_guide else None,
-            stem_strides=self.stem_strides,
-            dtype=jnp.dtype(self.dtype),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +50,14 @@ class Config:
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
 
 
-_LARGE_IMAGES = ModelConfig(blocks=(4, 8, 4), stem_strides=(2, 2))
 PRESETS = {
     "small": Config(train=RECIPES["small"]),
-    "imagenet": Config(image_size=224, model=_LARGE_IMAGES, train=RECIPES["imagenet"]),
-    "mobilenet": Config(image_size=224, model=_LARGE_IMAGES, train=RECIPES["mobilenet"]),
+    "imagenet": Config(
+        image_size=224, model=ModelConfig("dr_shufflenet_v2_x0_5"), train=RECIPES["imagenet"]
+    ),
+    "mobilenet": Config(
+        image_size=224, model=ModelConfig("dr_mobilenet_v2_x1_0"), train=RECIPES["mobilenet"]
+    ),
 }
 
 
@@ -142,7 +92,7 @@ class Pods:
 
 @dataclasses.dataclass(frozen=True)
 class Arguments(_Chosen):
-    """Trains a ShuffleNetV2, with DRConv or plain, to classify images."""
+    """Trains a network, with DRConv or plain, to classify images."""
 
     show: bool = False
     """Only print all options, and where they differ from the recipe's."""
@@ -199,6 +149,7 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
             write_text(run_dir / "config.json", config_text)
+            write_text(run_dir / "classes.json", json.dumps(list(dataset.classes)) + "\n")
         except OSError as error:
             raise UserError(
                 f'--run-dir: "{run_dir}" cannot be written to: {error.strerror or error}.'
@@ -228,7 +179,7 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
         "skipped_images": len(dataset.skipped),
         "skipped": list(dataset.skipped),
     }
-    if config.model.conv == "drconv":
+    if config.model.has_guide:
         _draw_guide_masks(model, variables, dataset, config.model.regions, run_dir)
     write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
@@ -279,7 +230,7 @@ def _folder(arguments: Arguments) -> pathlib.Path:
     if run_dir is None:
         if arguments.auto_resume or jax.process_count() > 1:
             raise UserError("--run-dir must be given with --auto-resume and several processes.")
-        name = f"{config.model.conv}-{time.strftime('%Y%m%d-%H%M%S')}"
+        name = f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         return pathlib.Path("runs") / "classification" / name
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f'--run-dir: "{run_dir}" is not a folder; name another.')
@@ -289,7 +240,7 @@ def _folder(arguments: Arguments) -> pathlib.Path:
                 f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, '
                 "or name another folder."
             )
-        if changed := configs.differences(config, _read_config("--auto-resume", run_dir)):
+        if changed := configs.differences(config, read_config("--auto-resume", run_dir)):
             options = ", ".join(f"{k} is {old}, not {new}" for k, (new, old) in changed.items())
             raise UserError(
                 f'--auto-resume: the run in "{run_dir}" has other options: {options}; give these, '
@@ -310,10 +261,19 @@ def _resumed_config(arguments: Arguments) -> Config:
         raise UserError(
             "--resume takes the run's own options; give no other option with it but where to run."
         )
-    return _read_config("--resume", pathlib.Path(str(arguments.resume)))
+    return read_config("--resume", pathlib.Path(str(arguments.resume)))
 
 
-def _read_config(option: str, run_dir: pathlib.Path) -> Config:
+def read_config(option: str, run_dir: pathlib.Path) -> Config:
+    """The options of the run in a folder.
+
+    Args:
+      option: that named the folder, for errors.
+      run_dir: the folder.
+
+    Raises:
+      UserError: there is no run, or not of this version.
+    """
     path = run_dir / "config.json"
     if not path.exists():
         raise UserError(f'{option}: there is no run in "{run_dir}" (no config.json).')

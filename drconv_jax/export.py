@@ -1,0 +1,68 @@
+"""Networks as StableHLO files, which any process with JAX runs without the code of the network."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array
+
+PLATFORMS = ("cpu", "tpu", "cuda")
+
+
+def export_model(
+    path: str | os.PathLike[str],
+    apply: Callable[[Any, Array], Any],
+    variables: Any,
+    input_shape: Sequence[int],
+    *,
+    dtype: DTypeLike = jnp.float32,
+    platforms: Sequence[str] = PLATFORMS,
+) -> None:
+    """Writes a network with its weights to a file, for any batch size.
+
+    Example::
+
+      apply, folded = fold_batch_norm(model, variables, jnp.ones((1, 224, 224, 3)))
+      export_model("model.stablehlo", apply, folded, (224, 224, 3))
+
+    Args:
+      path: the file, which is there whole or not at all; one that is there is replaced.
+      apply: (variables, inputs) to outputs, such as `model.apply`, at inference.
+      variables: kept in the file.
+      input_shape: of one sample, without the batch.
+      dtype: of the inputs.
+      platforms: where it will run, as `jax.export` names them.
+    """
+    batch = jax.export.symbolic_shape("batch")
+    inputs = jax.ShapeDtypeStruct((*batch, *input_shape), dtype)
+    run = jax.jit(lambda inputs: apply(variables, inputs))
+    exported = jax.export.export(run, platforms=platforms)(inputs)
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        temporary.write_bytes(exported.serialize())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_exported(path: str | os.PathLike[str]) -> Callable[[Array], Any]:
+    """The network in a file of `export_model`, as a function of inputs with a batch axis.
+
+    Raises:
+      OSError: the file cannot be read.
+      ValueError: it is no such file.
+    """
+    data = pathlib.Path(path).read_bytes()
+    try:
+        exported = jax.export.deserialize(bytearray(data))
+    except Exception as error:  # flatbuffers fails in as many ways as there are wrong bytes
+        raise ValueError(f'"{path}" is no network that jax.export wrote, or not whole.') from error
+    run: Callable[[Array], Any] = jax.jit(exported.call)
+    return run

@@ -1,0 +1,64 @@
+"""Weights from public PyTorch implementations, as variables of the Flax modules here.
+
+Every module has a table that says, for every array it needs, the foreign name and how its values
+are laid out there: `drconv` for the layer, `networks` for whole networks. Importing is nothing but
+renaming and transposing, so gradients import the same way as weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.traverse_util import unflatten_dict
+
+from drconv_jax.interop.drconv import entries_of_drconv
+from drconv_jax.interop.entries import Entry, check_names
+from drconv_jax.interop.networks import NETWORKS, entries_of_network
+from drconv_jax.linen import DRConv
+
+StateDict = Mapping[str, Any]
+
+
+def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
+    """Flax variables for `module` from a PyTorch state dict of the same network.
+
+    Known layers: `DRConv` with filter_generator="pooled" from the names of
+    shallowtoil/DRConv-PyTorch's `DRConv2d`, which has no bias after the region convolution
+    (use_bias=False); `DRConv` with "experts" from megvii-research/DRConv's `DRConv`. The latter's
+    guide comes from a mask network of its own, without bias: its `masknet.weight` becomes the
+    layer's guide convolution where the state dict has it, and is not needed where every call gives
+    a guide.
+
+    Known networks, plain ones of any width and number of blocks: `ShuffleNetV2` and `MobileNetV2`
+    from torchvision, `MobileNetV1` from timm, `MobileFaceNet` from InsightFace (arcface_torch).
+
+    Args:
+      module: the Flax module that the weights are for.
+      state_dict: PyTorch names to arrays (anything that `np.asarray` takes).
+
+    Returns:
+      Variables as `module.init` lays them out.
+
+    Raises:
+      TypeError: no table is known for this kind of module.
+      ValueError: entries are missing, unexpected or misshapen; the message lists all of them.
+    """
+    table = next((t for kind, t in _TABLES.items() if isinstance(module, kind)), None)
+    if table is None:
+        known = ", ".join(kind.__name__ for kind in _TABLES)
+        raise TypeError(f"module must be one of {known}, got {type(module).__name__}.")
+    arrays = {name: np.asarray(value) for name, value in state_dict.items()}
+    entries = table(module, arrays)
+    check_names(entries, arrays)
+    flat = {entry.path: jnp.asarray(entry.convert(arrays[entry.name])) for entry in entries}
+    return unflatten_dict(flat)
+
+
+_TABLES: Mapping[type[nn.Module], Callable[[Any, Mapping[str, np.ndarray]], Sequence[Entry]]] = {
+    DRConv: entries_of_drconv,
+    **dict.fromkeys(NETWORKS, entries_of_network),
+}

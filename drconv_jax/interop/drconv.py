@@ -1,0 +1,115 @@
+"""Weights of the two public DRConv layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from drconv_jax.functional import Hyperparameters
+from drconv_jax.interop.entries import UNKNOWN, Entry, oihw_to_hwio
+from drconv_jax.linen import DRConv
+
+
+def entries_of_drconv(layer: DRConv, arrays: Mapping[str, np.ndarray]) -> list[Entry]:
+    """What a DRConv needs of a state dict, by the names of the code with its filter generator."""
+    hyper = Hyperparameters.of(layer)
+    return _TABLES_OF_DRCONV[layer.filter_generator](hyper, arrays)
+
+
+def _drconv_pooled(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) -> list[Entry]:
+    """shallowtoil/DRConv-PyTorch, class DRConv2d."""
+    m, rank = hyper.regions, len(hyper.kernel)
+    channels = _channels(arrays, "conv_kernel.1.weight", axis=1)
+    per_group = channels // hyper.feature_group_count
+    filter_size, ones = hyper.features * per_group, (1,) * rank
+    entries = [
+        _convolution("guide", "conv_guide", (m, channels, *hyper.guide_kernel)),
+        _vector(("params", "guide", "bias"), "conv_guide.bias", m),
+        Entry(
+            ("params", "filters", "mixing_kernel"),
+            "conv_kernel.1.weight",
+            (m * m, channels, *ones),
+            lambda w: w.reshape(m, m, channels).transpose(2, 0, 1),
+        ),
+        Entry(
+            ("params", "filters", "mixing_bias"),
+            "conv_kernel.1.bias",
+            (m * m,),
+            lambda b: b.reshape(m, m),
+        ),
+        Entry(
+            ("params", "filters", "bank_kernel"),
+            "conv_kernel.3.weight",
+            (m * filter_size, m, *ones),
+            lambda w: w.reshape(m, hyper.features, per_group, m).transpose(0, 3, 2, 1),
+        ),
+        Entry(
+            ("params", "filters", "bank_bias"),
+            "conv_kernel.3.bias",
+            (m * filter_size,),
+            lambda b: b.reshape(m, hyper.features, per_group).transpose(0, 2, 1),
+        ),
+    ]
+    return entries + (
+        [_vector(("params", "bias"), "bias", hyper.features)] if hyper.use_bias else []
+    )
+
+
+def _drconv_experts(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) -> list[Entry]:
+    """megvii-research/DRConv, class DRConv."""
+    m, count, kernel = hyper.regions, hyper.experts, hyper.kernel
+    channels = _channels(arrays, "routing_fc.weight", axis=1)
+    per_group = channels // hyper.feature_group_count
+    filter_size = hyper.features * per_group * int(np.prod(kernel))
+
+    def bank(w: np.ndarray) -> np.ndarray:
+        return np.moveaxis(
+            w.reshape(hyper.features, per_group, *kernel, count), (-1, 0, 1), (0, -1, -2)
+        )
+
+    entries = [
+        Entry(
+            ("params", "filters", "mixing_kernel"),
+            "routing_fc.weight",
+            (m * count, channels),
+            lambda w: w.reshape(m, count, channels).transpose(2, 0, 1),
+        ),
+        Entry(
+            ("params", "filters", "mixing_bias"),
+            "routing_fc.bias",
+            (m * count,),
+            lambda b: b.reshape(m, count),
+        ),
+        Entry(("params", "filters", "bank_kernel"), "weight", (filter_size, count), bank),
+    ]
+    if hyper.use_bias:
+        entries.append(_vector(("params", "bias"), "bias", hyper.features))
+    if "masknet.weight" in arrays:
+        entries += [
+            _convolution("guide", "masknet", (m, channels, *hyper.guide_kernel)),
+            Entry(
+                ("params", "guide", "bias"),
+                "masknet.weight",
+                (m, channels, *hyper.guide_kernel),
+                lambda w: np.zeros(m, w.dtype),
+            ),
+        ]
+    return entries
+
+
+def _convolution(path: str, name: str, shape: tuple[int, ...]) -> Entry:
+    return Entry(("params", path, "kernel"), f"{name}.weight", shape, oihw_to_hwio)
+
+
+def _vector(path: tuple[str, ...], name: str, size: int) -> Entry:
+    return Entry(path, name, (size,), lambda values: values)
+
+
+def _channels(arrays: Mapping[str, np.ndarray], name: str, axis: int) -> int:
+    """The input's channels, which a Flax module learns from its input, read off a weight."""
+    array = arrays.get(name)
+    return UNKNOWN if array is None or array.ndim <= axis else int(array.shape[axis])
+
+
+_TABLES_OF_DRCONV = {"pooled": _drconv_pooled, "experts": _drconv_experts}

@@ -1,0 +1,79 @@
+"""Networks by name."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen as nn
+
+from drconv_jax.linen import DRConv
+from drconv_jax.models.mobilefacenet import MobileFaceNet
+from drconv_jax.models.mobilenet_v1 import MobileNetV1
+from drconv_jax.models.mobilenet_v2 import MobileNetV2
+from drconv_jax.models.shufflenet_v2 import ShuffleNetV2
+
+_REGIONS = 8  # the DRConv paper's m
+_WIDTHS: Mapping[str, tuple[type[nn.Module], tuple[float, ...]]] = {
+    "mobilenet_v1": (MobileNetV1, (0.25, 0.5, 0.75, 1.0)),
+    "mobilenet_v2": (MobileNetV2, (0.35, 0.5, 0.75, 1.0, 1.4)),
+    "shufflenet_v2": (ShuffleNetV2, (0.5, 1.0, 1.5, 2.0)),
+}
+
+
+def _networks() -> dict[str, Callable[..., nn.Module]]:
+    plain: dict[str, Callable[..., nn.Module]] = {
+        f"{family}_x{width}".replace(".", "_"): functools.partial(network, width=width)
+        for family, (network, widths) in _WIDTHS.items()
+        for width in widths
+    }
+    plain["mobilefacenet"] = MobileFaceNet
+    dynamic: dict[str, Callable[..., nn.Module]] = {}
+    for name, network in plain.items():
+        dr = functools.partial(
+            network, conv=functools.partial(DRConv, regions=_REGIONS), guide_regions=_REGIONS
+        )
+        if name.startswith("mobilenet_v1"):  # has one 1x1 convolution in a block
+            dynamic[f"dr_{name}"] = dr
+        else:
+            dynamic[f"dr_{name}"] = functools.partial(dr, placement="last")
+            dynamic[f"dr_{name}_all"] = functools.partial(dr, placement="all")
+    return plain | dynamic
+
+
+_NETWORKS = _networks()
+
+
+def list_models() -> list[str]:
+    """The names that `create_model` takes.
+
+    Networks have the widths of their papers. With "dr_" before it, the last 1x1 convolution of a
+    block is a DRConv with 8 regions and the block's guide, which gives the DRConv paper's 46 M
+    multiply-adds for "dr_shufflenet_v2_x0_5"; with "_all" behind it too, all of a block's 1x1
+    convolutions are, as in the authors' released code.
+    """
+    return list(_NETWORKS)
+
+
+def create_model(name: str, **fields: Any) -> nn.Module:
+    """A network by its name.
+
+    Example::
+
+      >>> from drconv_jax.models import create_model
+      >>> create_model("dr_shufflenet_v2_x0_5", num_classes=10).width
+      0.5
+
+    Args:
+      name: one of `list_models()`.
+      **fields: of the network, such as num_classes, in place of those that the name stands for.
+
+    Raises:
+      ValueError: there is no network of that name.
+    """
+    if name not in _NETWORKS:
+        near = difflib.get_close_matches(name, _NETWORKS, n=3, cutoff=0.0)
+        raise ValueError(f'there is no model "{name}"; the nearest names are {", ".join(near)}.')
+    return _NETWORKS[name](**fields)

@@ -1,0 +1,114 @@
+"""Which network an experiment trains."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from drconv_jax import DRConv
+from drconv_jax.models import ShuffleNetV2, create_model
+from experiments.runtime.errors import UserError
+
+_SMALL = "small"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Which network."""
+
+    name: str = _SMALL
+    """"small", a ShuffleNetV2 0.5 with 2 blocks in a stage for small images, or any name of
+    drconv_jax.models.list_models(), such as dr_shufflenet_v2_x0_5 or mobilenet_v2_x1_0."""
+    conv: Literal["drconv", "standard", "local", "dynamic"] | None = None
+    """What stands where DRConv replaces a convolution: DRConv, nn.Conv, DeepFace's locally
+    connected convolution, or a dynamic convolution (DRConv with one region); default: as the name
+    says, DRConv in "small"."""
+    placement: Literal["all", "last"] | None = None
+    """Which 1x1 convolutions of a block it replaces; default: as the name says."""
+    width: float | None = None
+    """Width multiplier; default: as the name says."""
+    blocks: tuple[int, ...] | None = None
+    """Blocks in the stages of a ShuffleNetV2 or MobileFaceNet; default: as the name says."""
+    stem_strides: tuple[int, ...] | None = None
+    """Strides of a ShuffleNetV2's first convolution and of the pooling behind it, or of a
+    MobileNet's first convolution; small ones keep small images large. Default: as the name says."""
+    regions: int = 8
+    """m, the regions of a DRConv."""
+    filter_generator: Literal["pooled", "experts"] = "pooled"
+    """The paper's filter generator or the released code's."""
+    shared_guide: bool | None = None
+    """Whether the convolutions of a block share one guide, as in the released code; default: as the
+    name says, no in "small"."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the computation."""
+
+    def __post_init__(self) -> None:
+        for name, within, allowed in (
+            ("width", self.width is None or 0 < self.width < math.inf, "positive and finite"),
+            ("blocks", self.blocks is None or min(self.blocks) >= 1, "at least 1 each"),
+            (
+                "stem_strides",
+                self.stem_strides is None or min(self.stem_strides) >= 1,
+                "at least 1 each",
+            ),
+            ("regions", self.regions >= 1, "at least 1"),
+        ):
+            if not within:
+                option, value = name.replace("_", "-"), getattr(self, name)
+                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                raise UserError(f"--model.{option} must be {allowed}, got {shown}.")
+        self.build(2)
+
+    @property
+    def has_guide(self) -> bool:
+        """Whether the network has guide masks to look at."""
+        return self._conv == "drconv"
+
+    @property
+    def _conv(self) -> str:
+        named = "drconv" if self.name == _SMALL or self.name.startswith("dr_") else "standard"
+        return self.conv or named
+
+    def build(self, num_classes: int) -> nn.Module:
+        """The network for this many classes.
+
+        Raises:
+          UserError: the name is unknown, or the network has no such option.
+        """
+        shared = self.name.startswith("dr_") if self.shared_guide is None else self.shared_guide
+        makers: dict[str, Any] = {
+            "drconv": functools.partial(
+                DRConv, regions=self.regions, filter_generator=self.filter_generator
+            ),
+            "standard": nn.Conv,
+            "local": nn.ConvLocal,
+            "dynamic": functools.partial(DRConv, regions=1, filter_generator=self.filter_generator),
+        }
+        fields: dict[str, Any] = {
+            "num_classes": num_classes,
+            "conv": makers[self._conv],
+            "guide_regions": self.regions if self.has_guide and shared else None,
+            "dtype": jnp.dtype(self.dtype),
+        }
+        for name in ("placement", "width", "blocks", "stem_strides"):
+            if (value := getattr(self, name)) is not None:
+                fields[name] = value
+        if "shufflenet" not in self.name and len(self.stem_strides or ()) == 1:
+            (fields["stem_strides"],) = self.stem_strides or ()
+        try:
+            if self.name == _SMALL:
+                small = {"width": 0.5, "blocks": (2, 2, 2), "stem_strides": (1, 2)}
+                return ShuffleNetV2(**{**small, **fields})
+            return create_model(self.name, **fields)
+        except ValueError as error:
+            raise UserError(f'--model.name: {error} "small" is another.') from None
+        except TypeError as error:  # a field that this network does not have
+            option = str(error).rsplit("'", 2)[-2].replace("_", "-")
+            raise UserError(
+                f'--model.{option}: the network "{self.name}" has no such option; leave it out.'
+            ) from None

@@ -1,0 +1,126 @@
+"""Writes a trained network to a file that runs without its code, and checks that file.
+
+The network of a run of experiments.classification, from its newest checkpoint, becomes a StableHLO
+file for any batch size: uint8 images (batch, size, size, 3) in, logits (batch, classes) out. Batch
+norms are folded into the convolutions before them. `drconv_jax.export.load_exported` runs it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from jaxtyping import Array
+
+from drconv_jax.export import PLATFORMS, export_model, load_exported
+from drconv_jax.fold import fold_batch_norm
+from experiments.classification.__main__ import read_config
+from experiments.runtime import mesh as meshes
+from experiments.runtime.checkpoints import Checkpoints
+from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime.training import normalize, program
+
+# Folding and another order of sums move logits by rounding, which grows through the layers.
+_TOLERANCE = 1e-3
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments:
+    """Writes a trained network to a file that runs without its code, and checks that file."""
+
+    run_dir: Annotated[pathlib.Path, tyro.conf.Positional]
+    """The run's folder."""
+    out: pathlib.Path | None = None
+    """The file to write; default: model.stablehlo in the run's folder."""
+    fold: bool = True
+    """Whether batch norms are folded."""
+    platforms: tuple[str, ...] = PLATFORMS
+    """Where it shall run, as jax.export names them."""
+
+
+def main() -> None:
+    """The command."""
+    with exit_on_user_error():
+        arguments = tyro.cli(Arguments, prog="python -m experiments.export", description=__doc__)
+        out = arguments.out or arguments.run_dir / "model.stablehlo"
+        run, variables, size = trained_network(arguments.run_dir, fold=arguments.fold)
+        try:
+            export_model(
+                out, run, variables, (size, size, 3), dtype=np.uint8, platforms=arguments.platforms
+            )
+        except OSError as error:
+            raise UserError(f'--out: "{out}" cannot be written: {error.strerror}.') from None
+        except ValueError as error:
+            raise UserError(f"--platforms: {error}") from None
+        difference = check(out, run, variables, size)
+        print(
+            f"{out}: {out.stat().st_size / 2**20:.1f} MiB for {', '.join(arguments.platforms)}; "
+            f"read back, its logits differ by at most {difference:.1e} of the largest"
+        )
+
+
+def trained_network(
+    run_dir: pathlib.Path, *, fold: bool
+) -> tuple[Callable[[Any, Array], Array], Any, int]:
+    """The network of a run at its newest checkpoint.
+
+    Returns:
+      A function of variables and uint8 images to logits, the variables, and the images' size.
+
+    Raises:
+      UserError: there is no such run, or it has no checkpoint.
+    """
+    config = read_config("RUN-DIR", run_dir)
+    try:
+        classes = json.loads((run_dir / "classes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f'RUN-DIR: "{run_dir}" has no readable classes.json: {error}.') from None
+    model, size = config.model.build(len(classes)), config.image_size
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    like = program(model, config.train, mesh, image_size=size, steps_per_epoch=1, flips=False).state
+    checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    if restored is None:
+        raise UserError(f'RUN-DIR: the run in "{run_dir}" has no checkpoint yet.')
+    state, _ = restored
+    variables = state.variables if state.average is None else state.average
+    apply: Callable[..., Any] = model.apply
+    if fold:
+        images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+        apply, variables = fold_batch_norm(model, variables, images)
+    return lambda variables, images: apply(variables, normalize(images)), variables, size
+
+
+def check(
+    path: pathlib.Path, run: Callable[[Any, Array], Array], variables: Any, size: int
+) -> float:
+    """The largest difference between the file's logits and the network's, relative.
+
+    Raises:
+      UserError: it is more than rounding; the file is removed.
+    """
+    exported, difference = load_exported(path), 0.0
+    for batch in (1, 3):
+        images = np.random.default_rng(batch).integers(0, 256, (batch, size, size, 3), np.uint8)
+        expected = np.asarray(jax.jit(run)(variables, images), np.float32)
+        error = np.abs(np.asarray(exported(jnp.asarray(images)), np.float32) - expected).max()
+        difference = max(difference, float(error / np.abs(expected).max()))
+    if not difference <= _TOLERANCE:
+        path.unlink()
+        raise UserError(
+            f'"{path}" would give logits that differ by {difference:.1e} of the largest from the '
+            "network's, and is removed; please report this with the run's config.json."
+        )
+    return difference
+
+
+if __name__ == "__main__":
+    main()

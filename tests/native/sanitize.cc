@@ -1,0 +1,152 @@
+// Runs the native kernel over many drawn shapes, in arrays of the exact size, with guide features
+// of random bytes, on one thread and on four. Built with a sanitizer it fails at any access out of
+// bounds and any race; by itself it fails where a result depends on the number of threads. With
+// INCLUDE=$(python -c 'import jaxlib; print(jaxlib.__path__[0] + "/include")'):
+//
+//   for s in address,undefined thread; do
+//     g++ -std=c++17 -O1 -g -Wno-psabi -fsanitize=$s -isystem $INCLUDE tests/native/sanitize.cc -o sanitize -pthread && ./sanitize
+//   done
+
+#include "../../drconv_jax/region_conv/cpu.cc"
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <thread>
+
+namespace {
+
+std::mt19937 random_bits(0);
+
+int64_t Draw(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(random_bits);
+}
+
+// As many values as asked for and not one more, so that the next byte is out of bounds.
+template <typename T>
+struct Values {
+  int64_t size;
+  std::unique_ptr<T[]> data;
+  explicit Values(int64_t size) : size(size), data(new T[size]) {}
+
+  static Values Normal(int64_t size) {
+    Values values(size);
+    std::normal_distribution<float> normal;
+    for (int64_t i = 0; i < size; ++i) {
+      if constexpr (std::is_same_v<T, BFloat16>) {
+        Narrow(normal(random_bits), &values.data[i]);
+      } else {
+        values.data[i] = normal(random_bits);
+      }
+    }
+    return values;
+  }
+  static Values Bytes(int64_t size) {
+    Values values(size);
+    auto* bytes = reinterpret_cast<unsigned char*>(values.data.get());
+    for (size_t i = 0; i < size * sizeof(T); ++i) bytes[i] = random_bits();
+    return values;
+  }
+  void* get() const { return data.get(); }
+  bool operator==(const Values& other) const {
+    return std::memcmp(get(), other.get(), size * sizeof(T)) == 0;
+  }
+};
+
+// A thread for every job: the least orderly of pools.
+struct Threads {
+  std::vector<std::thread> running;
+  Workers workers;
+  explicit Threads(int64_t count)
+      : workers(count, [this](Workers::Job job) { running.emplace_back(std::move(job)); }) {}
+  ~Threads() {
+    for (std::thread& thread : running) thread.join();
+  }
+};
+
+// Calls once(workers), which returns its results, on one thread and on four.
+template <typename Once>
+void SameOnAnyThreads(const char* what, const Once& once) {
+  Threads one(1), four(4);
+  if (once(one.workers) == once(four.workers)) return;
+  std::printf("%s depends on the number of threads\n", what);
+  std::exit(1);
+}
+
+Shape DrawShape() {
+  Shape s{};
+  s.batch = Draw(0, 9) ? Draw(1, 5) : 0;
+  s.groups = Draw(1, 3);
+  s.in_per_group = Draw(1, 40);
+  s.features_per_group = Draw(1, 40);
+  s.in = s.groups * s.in_per_group;
+  s.features = s.groups * s.features_per_group;
+  s.regions = Draw(0, 4) ? Draw(1, 9) : 33;
+  s.positions = s.in_positions = s.taps = 1;
+  const bool pointwise = Draw(0, 1);
+  for (int d = 0; d < 3; ++d) {
+    s.spatial[d] = d == 0 ? Draw(1, 2) : Draw(1, 9);
+    s.kernel[d] = pointwise ? 1 : Draw(1, 3);
+    s.strides[d] = pointwise ? 1 : Draw(1, 3);
+    s.dilation[d] = pointwise ? 1 : Draw(1, 2);
+    s.low[d] = pointwise ? 0 : Draw(0, 2);
+    s.out[d] = pointwise ? s.spatial[d] : Draw(1, 9);
+    s.positions *= s.out[d];
+    s.in_positions *= s.spatial[d];
+    s.taps *= s.kernel[d];
+  }
+  return s;
+}
+
+template <typename S, typename T, typename G>
+void RegionConvolution(XLA_FFI_DataType guide_type) {
+  const Shape s = DrawShape();
+  const auto x = Values<S>::Normal(s.batch * s.in_positions * s.in);
+  const auto filters = Values<S>::Normal(s.batch * s.regions * s.filter_size());
+  const auto dy = Values<S>::Normal(s.batch * s.positions * s.features);
+  const auto guide = Values<G>::Bytes(s.batch * s.positions * s.regions);
+  std::array<int64_t, 5> dims = {s.batch, s.out[0], s.out[1], s.out[2], s.regions};
+  XLA_FFI_Buffer buffer{XLA_FFI_Buffer_STRUCT_SIZE, nullptr, guide_type, guide.get(), 5, dims.data()};
+  const ffi::AnyBuffer guide_features(&buffer);
+  SameOnAnyThreads("the region convolution", [&](Workers& workers) {
+    Values<S> y(dy.size), dx(x.size), dfilters(filters.size);
+    Values<T> scores(guide.size);
+    Forward<S, T>(s, workers, x.get(), filters.get(), guide_features, y.get());
+    Backward<S, T>(s, workers, x.get(), filters.get(), guide_features, y.get(), dy.get(), dx.get(),
+                   dfilters.get(), scores.get());
+    return std::make_tuple(std::move(y), std::move(dx), std::move(dfilters), std::move(scores));
+  });
+}
+
+template <typename S, typename T>
+void Mixing() {
+  const MixShape s{Draw(0, 5), Draw(1, 9), Draw(1, 9), Draw(1, 17), Draw(1, 900)};
+  const auto weights = Values<S>::Normal(s.rows() * s.regions * s.n);
+  const auto bank = Values<S>::Normal(s.regions * s.n * s.size);
+  const auto bias = Values<S>::Normal(s.regions * s.size);
+  const auto dfilters = Values<S>::Normal(s.rows() * s.regions * s.size);
+  SameOnAnyThreads("mixing", [&](Workers& workers) {
+    std::vector<char> needed(Draw(0, 1) ? 0 : s.batch * (s.regions > 1 ? s.regions : s.taps), 1);
+    Values<S> filters(dfilters.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
+    Mix<S, T>(s, workers, weights.get(), bank.get(), bias.get(), needed, filters.get());
+    MixBackward<S, T>(s, workers, weights.get(), bank.get(), dfilters.get(), dweights.get(),
+                      dbank.get(), dbias.get());
+    return std::make_tuple(std::move(filters), std::move(dweights), std::move(dbank),
+                           std::move(dbias));
+  });
+}
+
+}  // namespace
+
+int main() {
+  constexpr int kRounds = 100;
+  for (int round = 0; round < kRounds; ++round) {
+    RegionConvolution<float, float, float>(XLA_FFI_DataType_F32);
+    RegionConvolution<double, double, double>(XLA_FFI_DataType_F64);
+    RegionConvolution<BFloat16, float, float>(XLA_FFI_DataType_F32);
+    Mixing<float, float>();
+    Mixing<double, double>();
+    Mixing<BFloat16, float>();
+  }
+  std::printf("%d rounds: no fault found\n", kRounds);
+}

@@ -1,0 +1,182 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from drconv_jax import DRConv
+from drconv_jax.models import (
+    MobileFaceNet,
+    MobileNetV1,
+    MobileNetV2,
+    ShuffleNetV2,
+    create_model,
+    list_models,
+)
+
+DR = functools.partial(DRConv, regions=3)
+TINY = {
+    "mobilenet_v1": functools.partial(MobileNetV1, num_classes=5, width=0.1),
+    "mobilenet_v2": functools.partial(MobileNetV2, num_classes=5, width=0.1),
+    "shufflenet_v2": functools.partial(ShuffleNetV2, num_classes=5, width=0.1, blocks=(1, 1, 1)),
+    "mobilefacenet": functools.partial(
+        MobileFaceNet, embedding_size=16, num_classes=5, width=0.25, blocks=(1, 1, 1, 1)
+    ),
+}
+STRIDES = {"mobilefacenet": [2, 4, 8, 16]}
+
+
+def images(batch=8, size=32, seed=0):
+    return jax.random.normal(jax.random.key(seed), (batch, size, size, 3))
+
+
+@pytest.mark.parametrize("name", list_models())
+def test_every_name_builds(name):
+    model = create_model(name, num_classes=7)
+    x = jax.ShapeDtypeStruct((2, 112, 112, 3), jnp.float32)
+    logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+    assert logits.shape == (2, 7)
+    paths = {"/".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(variables)}
+    assert name.startswith("dr_") == any("mixing_kernel" in path for path in paths)
+    assert name.startswith("dr_") == any("guide/kernel" in path for path in paths)
+    maps = jax.eval_shape(functools.partial(model.apply, features=True), variables, x)
+    assert list(maps) == STRIDES.get(
+        name.removeprefix("dr_").removesuffix("_all"), [2, 4, 8, 16, 32]
+    )
+    for stride, features in maps.items():
+        assert features.shape[:3] == (2, -(-112 // stride), -(-112 // stride))
+
+
+def test_bad_names_get_the_nearest():
+    with pytest.raises(ValueError, match="no model .shufflenet_x0_5.; .*shufflenet_v2_x0_5"):
+        create_model("shufflenet_x0_5")
+
+
+@pytest.mark.parametrize("network", TINY)
+def test_bad_fields(network):
+    with pytest.raises(ValueError, match="width must be positive, got -1.0"):
+        TINY[network](width=-1.0).init(jax.random.key(0), images(1))
+    if network != "mobilenet_v1":
+        with pytest.raises(ValueError, match="placement must be .* got 'first'"):
+            TINY[network](placement="first").init(jax.random.key(0), images(1))
+
+
+def test_features_do_not_make_a_head():
+    model = TINY["shufflenet_v2"]()
+    params = jax.eval_shape(
+        functools.partial(model.init, features=True), jax.random.key(0), images(1)
+    )["params"]
+    assert set(params) == {"stem_conv", "stem_norm"} | {f"stage{i}_block0" for i in (2, 3, 4)}
+
+
+def over_eight_devices(*arrays):
+    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
+    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
+
+
+@pytest.mark.parametrize("network", TINY)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["plain", "dr"])
+def test_trains_on_eight_devices(network, dynamic):
+    model = TINY[network](**({"conv": DR, "guide_regions": 3} if dynamic else {}))
+    x, labels = over_eight_devices(images(), jnp.arange(8) % 5)
+    variables = jax.jit(model.init)(jax.random.key(1), images(1))
+    optimizer = optax.adam(3e-3)
+
+    @jax.jit
+    def step(variables, opt_state):
+        def loss_of(params):
+            logits, updates = model.apply(
+                {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+            )
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+            return losses.mean(), updates
+
+        (loss, updates), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
+        changes, opt_state = optimizer.update(gradients, opt_state)
+        params = optax.apply_updates(variables["params"], changes)
+        return {"params": params, **updates}, opt_state, loss
+
+    opt_state, losses = optimizer.init(variables["params"]), []
+    with jax.numpy_dtype_promotion("standard"):  # optax's own mix of dtypes
+        for _ in range(20):
+            variables, opt_state, loss = step(variables, opt_state)
+            losses.append(float(loss))
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_batch_norm_sees_the_whole_batch_on_eight_devices():
+    model = TINY["shufflenet_v2"](conv=DR, guide_regions=3)
+    x = images()
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
+    (alone, alone_stats), (split, split_stats) = (
+        apply(variables, x),
+        apply(variables, *over_eight_devices(x)),
+    )
+    np.testing.assert_allclose(split, alone, rtol=1e-3, atol=1e-4)
+    for a, b in zip(jax.tree.leaves(split_stats), jax.tree.leaves(alone_stats), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("network", TINY)
+def test_bfloat16_computes_in_bfloat16_with_float32_weights(network):
+    model = TINY[network](conv=DR, dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):  # flax's own batch norm mixes dtypes
+        y, variables = jax.eval_shape(model.init_with_output, jax.random.key(2), images(1))
+    assert y.dtype == jnp.bfloat16
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+
+
+def test_bfloat16_is_near_float32():
+    wide, narrow = (TINY["shufflenet_v2"](conv=DR, dtype=dtype) for dtype in (None, jnp.bfloat16))
+    variables = jax.jit(wide.init)(jax.random.key(2), images(2))
+    expected = wide.apply(variables, images(2))
+    with jax.numpy_dtype_promotion("standard"):
+        y = jax.jit(narrow.apply)(variables, images(2))
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(np.asarray(y, np.float32), expected, atol=0.05 * scale)
+
+
+@pytest.mark.parametrize("network", TINY)
+def test_baselines_are_one_argument_away(network):
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+
+    def parameters(conv):
+        variables = jax.eval_shape(TINY[network](conv=conv).init, jax.random.key(0), x)
+        return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+    plain = parameters(nn.Conv)
+    assert parameters(nn.ConvLocal) > plain  # a filter for every position
+    assert plain < parameters(functools.partial(DRConv, regions=1)) < parameters(DR)
+
+
+def test_placement_says_which_convolutions_are_dynamic():
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    for network, first, last in (
+        ("shufflenet_v2", "conv1", "conv2"),
+        ("mobilenet_v2", "expand", "project"),
+        ("mobilefacenet", "expand", "project"),
+    ):
+        for placement in ("all", "last"):
+            model = TINY[network](conv=DR, placement=placement)
+            params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+            block = next(p for name, p in params.items() if "block0" in name and first in p)
+            assert ("filters" in block[first]) == (placement == "all")
+            assert "filters" in block[last]
+
+
+def test_widths_of_the_papers_channels():
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    for model, name, shape in (
+        (MobileNetV2(width=1.4), "head_conv", (1, 1, 448, 1792)),
+        (MobileNetV2(width=0.35), "head_conv", (1, 1, 112, 1280)),
+        (MobileNetV1(width=0.25), "stem_conv", (3, 3, 3, 8)),
+        (ShuffleNetV2(width=1.5), "head_conv", (1, 1, 704, 1024)),
+        (MobileFaceNet(width=2.0), "head_conv", (1, 1, 256, 512)),
+    ):
+        params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
+        assert params[name]["kernel"].shape == shape
