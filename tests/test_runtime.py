@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import gc
 import json
 import os
 import re
@@ -210,6 +211,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage,
     checkpoints = Checkpoints(tmp_path, keep=2)
     state, record = checkpoints.restore(shapes_of(state_like(0)))
     said = capfd.readouterr().err
+    gc.collect()
     assert re.fullmatch(
         rf'warning: the checkpoint "{tmp_path}/checkpoints/3" is damaged and now '
         r'"damaged-checkpoint-3": .+\n',
@@ -223,6 +225,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_is_used(damage,
     assert_same(state, state_like(3))
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_checkpoints_that_are_all_damaged(tmp_path):
     checkpoints = Checkpoints(tmp_path, keep=2)
     for step in (1, 2):

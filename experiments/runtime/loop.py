@@ -150,18 +150,19 @@ class _Run:
             self.state, self.record = restored[0], Record(**restored[1])
             self.batches.set_state(self.record.pipeline)
         self.step = int(self.state.step)
-        self.saved = time.monotonic()
+        self.saved, self.mark = time.monotonic(), time.perf_counter()
+        lead = meshes.leads()
+        self.metrics = Metrics(run_dir, self.record.rows, self.step) if lead else None
+        self.progress = _progress(Console(quiet=not lead))
+        self.task = self.progress.add_task(
+            "", total=recipe.epochs * steps_per_epoch, completed=self.step, shown=""
+        )
+        if restored is not None:
+            self.progress.console.print(f"going on from step {self.step}")
 
     def finish(self) -> tuple[TrainState, Row]:
         """Trains to the end."""
-        with contextlib.ExitStack() as stack:
-            self.metrics: Metrics | None = None
-            if meshes.leads():
-                self.metrics = Metrics(self.run_dir, self.record.rows, self.step)
-                stack.callback(self.metrics.close)
-            total = self.recipe.epochs * self.steps_per_epoch
-            self.progress = stack.enter_context(_progress(Console(quiet=not meshes.leads())))
-            self.task = self.progress.add_task("", total=total, completed=self.step, shown="")
+        with self.progress, self.metrics or contextlib.nullcontext():
             while len(self.record.rows) < self.recipe.epochs:
                 self._train_epoch()
                 self._end_epoch()

@@ -54,8 +54,10 @@ class Metrics:
         for name, value in _flat(values):
             self._write(step=step, summary=self._scalar(name, value))
 
-    def close(self) -> None:
-        """Finishes the files."""
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._records.close()
 
     def _write(self, **fields: Any) -> None:

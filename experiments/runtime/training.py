@@ -107,7 +107,7 @@ def program(
             donate_argnums=0,
             out_shardings=(shardings, whole(mesh)),
         ),
-        eval_step=jax.jit(_eval_step(model), out_shardings=whole(mesh)),
+        eval_step=jax.jit(_eval_step(model, mesh), out_shardings=whole(mesh)),
     )
 
 
@@ -201,9 +201,10 @@ def _is_dear(primitive: Any, *_: Any, **params: Any) -> bool:
     return primitive.name == "conv_general_dilated"
 
 
-def _eval_step(model: nn.Module) -> Callable[[dict[str, Any], Batch], dict[str, Any]]:
+def _eval_step(model: nn.Module, mesh: Mesh) -> Callable[[dict[str, Any], Batch], dict[str, Any]]:
     def step(variables: dict[str, Any], batch: Batch) -> dict[str, Any]:
         labels = batch["label"]
+        variables = jax.lax.with_sharding_constraint(variables, whole(mesh))
         logits, sown = model.apply(
             variables, normalize(batch["image"]), train=False, mutable="intermediates"
         )
