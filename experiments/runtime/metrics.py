@@ -34,7 +34,9 @@ class Metrics:
         write_text(self._path, "".join(map(_line, rows)))
         folder = run_dir / "tensorboard"
         folder.mkdir(exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}"
+        # The last number parts two of the same second, of which one would overwrite the other.
+        count = sum(1 for _ in folder.iterdir())
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{os.getpid()}.{count}"
         # Not SummaryWriter, whose thread dies on a full disk and leaves this one waiting.
         self._records = RecordWriter(str(folder / name))
         self._event, self._scalar = Event, scalar
