@@ -3,12 +3,17 @@
 A generator is a pair of functions. `init` makes its parameters, a flat dictionary of arrays;
 `apply` makes every sample's filters from them. `GENERATORS` has them by name:
 
+- "mixture", the default: the input's global average names how each region mixes one bank of
+  experts that all regions share, with weights 2 sigmoid / sqrt(E).
 - "pooled", the paper's (Section 3.3): the input pooled to the kernel's size names, tap by tap, how
   each region mixes a bank of its own.
-- "experts", the authors' released code: the input's global average names how each region mixes
-  one bank that all regions share.
+- "experts", the authors' released code: as "mixture", with weights 2 sigmoid / E.
 
-A new generator starts well (both hold for either one):
+"mixture" learns as fast as `nn.Conv` at the same learning rate: a gradient step of size one on the
+filters is one of size sum of the squared weights, here about 1, when it is taken on the bank; with
+weights 1 / E it is 1 / E. docs/ablation has what that is worth.
+
+A new generator starts well (both hold for each of them):
 
 - The filters have the scale of `kernel_init`: a new DRConv's output varies as a new `nn.Conv`'s.
 - All regions of a sample start with the same filter. A network therefore begins as if its guide
@@ -124,6 +129,63 @@ def pooled_filters(
     return filters.reshape(*filters.shape[:2], *kernel_size, *filter_shape)
 
 
+def init_mixture(
+    key: PRNGKeyArray,
+    in_features: int,
+    features: int,
+    kernel_size: Sequence[int],
+    regions: int,
+    *,
+    experts: int = 8,
+    feature_group_count: int = 1,
+    kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+    param_dtype: DTypeLike = jnp.float32,
+) -> dict[str, Float[Array, ...]]:
+    """Parameters of the default generator with E experts.
+
+    Returns:
+      `mixing_kernel` (in, m, E) and `mixing_bias` (m, E): the linear map from the averaged input
+      to E mixing logits for each region; `bank_kernel` (E, *kernel, in/groups, features): the
+      experts, shared by all regions.
+    """
+    mixing_key, *bank_keys = jax.random.split(key, 1 + experts)
+    shape = (*kernel_size, in_features // feature_group_count, features)
+    mixing = _mixing_init(mixing_key, (in_features, experts), param_dtype)
+    return {
+        "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
+        "mixing_bias": jnp.zeros((regions, experts), param_dtype),
+        "bank_kernel": jnp.stack([kernel_init(k, shape, param_dtype) for k in bank_keys]),
+    }
+
+
+def mixture_filters(
+    params: Params,
+    x: Float[Array, "batch *spatial in"],
+    kernel_size: Sequence[int],
+    *,
+    guide_features: Float[Array, "batch *out_spatial regions"] | None = None,
+    precision: jax.lax.PrecisionLike = None,
+) -> Float[Array, "batch regions *kernel in_per_group features"]:
+    """The default generator.
+
+    Global average of x, a linear map to m x E logits, 2 sigmoid / sqrt(E) (in float32 or wider),
+    and the sum of the E shared filter banks with those weights.
+
+    Args:
+      params: as `init_mixture` makes them, in the dtype to compute in.
+      x: the input, in the same dtype.
+      kernel_size: taps of the filters; the bank has them already.
+      guide_features: where given, filters of regions that no position chooses may hold anything.
+      precision: of the products, as in `jax.lax.dot_general`.
+
+    Returns:
+      m filters per sample.
+    """
+    del kernel_size
+    scale = 2 / params["bank_kernel"].shape[0] ** 0.5
+    return _mixed_experts(params, x, scale, guide_features, precision)
+
+
 def init_experts(
     key: PRNGKeyArray,
     in_features: int,
@@ -136,22 +198,22 @@ def init_experts(
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
     param_dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Float[Array, ...]]:
-    """Parameters of the released code's generator with E experts.
+    """Parameters of the released code's generator: those of `init_mixture`, the bank sqrt(E) times.
 
-    Returns:
-      `mixing_kernel` (in, m, E) and `mixing_bias` (m, E): the linear map from the averaged input
-      to E mixing logits for each region; `bank_kernel` (E, *kernel, in/groups, features): the
-      experts, shared by all regions.
+    A mean of E filters, which it makes, varies 1 / E as much as each of them.
     """
-    mixing_key, *bank_keys = jax.random.split(key, 1 + experts)
-    shape = (*kernel_size, in_features // feature_group_count, features)
-    bank = jnp.stack([kernel_init(k, shape, param_dtype) for k in bank_keys])
-    mixing = _mixing_init(mixing_key, (in_features, experts), param_dtype)
-    return {
-        "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
-        "mixing_bias": jnp.zeros((regions, experts), param_dtype),
-        "bank_kernel": bank * experts**0.5,  # a mean of E terms
-    }
+    params = init_mixture(
+        key,
+        in_features,
+        features,
+        kernel_size,
+        regions,
+        experts=experts,
+        feature_group_count=feature_group_count,
+        kernel_init=kernel_init,
+        param_dtype=param_dtype,
+    )
+    return {**params, "bank_kernel": params["bank_kernel"] * experts**0.5}
 
 
 def experts_filters(
@@ -164,24 +226,23 @@ def experts_filters(
 ) -> Float[Array, "batch regions *kernel in_per_group features"]:
     """The generator of the authors' released code (megvii-research/DRConv).
 
-    Global average of x, a linear map to m x E logits, 2 sigmoid / E (in float32 or wider), and
-    the sum of the E shared filter banks with those weights.
-
-    Args:
-      params: as `init_experts` makes them, in the dtype to compute in.
-      x: the input, in the same dtype.
-      kernel_size: taps of the filters; the bank has them already.
-      guide_features: where given, filters of regions that no position chooses may hold anything.
-      precision: of the products, as in `jax.lax.dot_general`.
-
-    Returns:
-      m filters per sample.
+    `mixture_filters`, with mixing weights 2 sigmoid / E.
     """
     del kernel_size
+    scale = 2 / params["bank_kernel"].shape[0]
+    return _mixed_experts(params, x, scale, guide_features, precision)
+
+
+def _mixed_experts(
+    params: Params,
+    x: Float[Array, "batch *spatial in"],
+    scale: float,
+    guide_features: Float[Array, "batch *out_spatial regions"] | None,
+    precision: jax.lax.PrecisionLike,
+) -> Float[Array, "batch regions *kernel in_per_group features"]:
     wide = accumulator(x.dtype)
     context = x.mean(axis=range(1, x.ndim - 1), dtype=wide).astype(x.dtype)
-    logits = _mixing_logits(params, context, precision)
-    weights = (jax.nn.sigmoid(logits) * (2 / logits.shape[-1])).astype(x.dtype)
+    weights = (jax.nn.sigmoid(_mixing_logits(params, context, precision)) * scale).astype(x.dtype)
     bank = params["bank_kernel"]
     flat = bank.reshape(1, bank.shape[0], -1)
     # All regions share the bank: to `mix` they are taps of one region.
@@ -214,6 +275,7 @@ def _wide(values: Array) -> Array:
 
 
 GENERATORS: Mapping[str, FilterGenerator] = {
+    "mixture": FilterGenerator(init_mixture, mixture_filters, ("bank_kernel",)),
     "pooled": FilterGenerator(init_pooled, pooled_filters, ("bank_kernel", "bank_bias")),
     "experts": FilterGenerator(init_experts, experts_filters, ("bank_kernel",)),
 }

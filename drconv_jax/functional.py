@@ -127,7 +127,7 @@ def init(
         }
 
     def init_filters(key: PRNGKeyArray) -> dict[str, Array]:
-        extra = {"experts": hyper.experts} if hyper.filter_generator == "experts" else {}
+        extra = {} if hyper.filter_generator == "pooled" else {"experts": hyper.experts}
         return generator.init(
             key,
             in_features,

@@ -41,11 +41,11 @@ class DRConv(nn.Module):
       regions: m, the number of regions and of filters per sample.
       strides, padding, input_dilation, kernel_dilation, feature_group_count: as in `nn.Conv`.
       use_bias: whether to add a bias per feature, shared by all regions.
-      guide_kernel_size: taps of the guide convolution. None follows the source of the generator:
-        the layer's own kernel size as in the paper for "pooled", 1 as in the released code for
-        "experts".
-      filter_generator: "pooled", the paper's (Section 3.3), or "experts", the released code's.
-      experts: number of filter banks that the "experts" generator mixes.
+      guide_kernel_size: taps of the guide convolution. None is the layer's own kernel size, as in
+        the paper, and 1 with the generator "experts", as in the released code.
+      filter_generator: "mixture", which trains best; "pooled", the paper's (Section 3.3); or
+        "experts", the released code's. See `drconv_jax.filters`.
+      experts: number of filter banks that the generators "mixture" and "experts" mix.
       dtype: of the computation; None infers it from input and parameters. Whatever it is, products
         accumulate in float32 and the guide's argmax and softmax and the generator's sigmoid are in
         float32.
@@ -74,7 +74,7 @@ class DRConv(nn.Module):
     # What nn.Conv does not have stands last, so that positions mean here what they mean there.
     regions: int = 8
     guide_kernel_size: int | Sequence[int] | None = None
-    filter_generator: str = "pooled"
+    filter_generator: str = "mixture"
     experts: int = 8
     implementation: str | Sequence[str] | None = None
 

@@ -55,7 +55,7 @@ class DRConv(nnx.Module):
         use_bias: bool = True,
         guide_kernel_size: int | Sequence[int] | None = None,
         own_guide: bool = True,
-        filter_generator: str = "pooled",
+        filter_generator: str = "mixture",
         experts: int = 8,
         dtype: Dtype | None = None,
         param_dtype: Dtype = jnp.float32,

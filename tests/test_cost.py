@@ -47,13 +47,13 @@ def test_one_layer_by_hand():
     assert count(nn.Conv(4, (3, 3), strides=2, feature_group_count=2)) == {"": 2 * 16 * 9 * 3 * 4}
     assert count(nn.Dense(5)) == {"": 2 * 64 * 6 * 5}
     assert count(nn.ConvLocal(4, (3, 3))) == {"": 2 * 64 * 9 * 6 * 4}
-    assert count(DRConv(4, (3, 3), regions=5)) == {
+    pooled = DRConv(4, (3, 3), regions=5, filter_generator="pooled")
+    assert count(pooled) == {
         "": 2 * 64 * 9 * 6 * 4,
         "guide": 2 * 64 * 9 * 6 * 5,
         "filters": 2 * 9 * (6 * 25 + 25 * 6 * 4),  # pooled to 3x3: mixing, then the banks
     }
-    experts = DRConv(4, (3, 3), regions=5, filter_generator="experts", experts=7)
-    assert count(experts, guide=jnp.zeros((2, 8, 8, 5))) == {
+    assert count(DRConv(4, (3, 3), regions=5, experts=7), guide=jnp.zeros((2, 8, 8, 5))) == {
         "": 2 * 64 * 9 * 6 * 4,
         "filters": 2 * (6 * 5 * 7 + 5 * 7 * 9 * 6 * 4),
     }

@@ -65,7 +65,7 @@ def test_generator_against_loops(generator):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 3, channels)).astype(np.float32)
     generate = GENERATORS[generator]
-    extra = {"experts": experts} if generator == "experts" else {}
+    extra = {} if generator == "pooled" else {"experts": experts}
     params = generate.init(jax.random.key(0), channels, features, (3, 3), m, **extra)
     params = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
     filters = np.asarray(generate.apply(jax.tree.map(jnp.asarray, params), jnp.asarray(x), (3, 3)))
@@ -79,9 +79,26 @@ def test_generator_against_loops(generator):
         if generator == "pooled":
             bank, bias = params["bank_kernel"][j], params["bank_bias"][j]
         else:
-            weights, bank, bias = 2 * weights / n, params["bank_kernel"][:, u, v], 0
+            whole = n if generator == "experts" else n**0.5
+            weights, bank, bias = 2 * weights / whole, params["bank_kernel"][:, u, v], 0
         expected = sum(w * e for w, e in zip(weights, bank, strict=True)) + bias
         np.testing.assert_allclose(filters[b, j, u, v], expected, rtol=2e-5, atol=2e-5)
+
+
+def test_a_step_on_the_default_bank_is_one_on_the_filters():
+    """So that the learning rate of nn.Conv does for DRConv."""
+    generate = GENERATORS["mixture"]
+    params = generate.init(jax.random.key(0), 4, 6, (1, 1), 2)
+    x = jnp.zeros((1, 5, 5, 4))  # of which the mixing weights are all at their middle
+    direction = jax.random.normal(jax.random.key(1), (4, 6))
+
+    def along(bank):
+        filters = generate.apply({**params, "bank_kernel": bank}, x, (1, 1))
+        return (filters[0, 0, 0, 0] * direction).sum()
+
+    step = jax.grad(along)(params["bank_kernel"])
+    moved = generate.apply({**params, "bank_kernel": step}, x, (1, 1))
+    np.testing.assert_allclose(moved[0, 0, 0, 0], direction, rtol=1e-5)
 
 
 def test_sigmoid_is_in_float32_for_bfloat16():

@@ -65,8 +65,10 @@ LAYERS = {
         conv_general_dilated=depthwise.conv_general_dilated,
     ),
     "dense": nn.Dense(6),
-    "pooled": DRConv(6, (3, 3), regions=3, strides=2, feature_group_count=2),
-    "pooled 1x1": DRConv(6, (1, 1), regions=3, use_bias=False),
+    "pooled": DRConv(
+        6, (3, 3), regions=3, filter_generator="pooled", strides=2, feature_group_count=2
+    ),
+    "mixture 1x1": DRConv(6, (1, 1), regions=3, use_bias=False),
     "experts": DRConv(6, (3, 3), regions=3, filter_generator="experts", use_bias=False),
 }
 

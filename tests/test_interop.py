@@ -29,7 +29,7 @@ def load(name):
     config = [int(value) for value in golden["config"]]
     if name.startswith("pooled"):
         *_, out, kernel, regions, stride, padding, dilation = config
-        extra = dict(use_bias=False, kernel_dilation=dilation)
+        extra = dict(filter_generator="pooled", use_bias=False, kernel_dilation=dilation)
     else:
         *_, out, kernel, regions, experts, stride, padding = config
         extra = dict(filter_generator="experts", experts=experts)
@@ -87,6 +87,11 @@ def test_without_the_weight_that_tells_the_channels():
 def test_an_unknown_module():
     with pytest.raises(TypeError, match="one of DRConv, ShuffleNetV2, .* got Dense"):
         import_torch(nn.Dense(3), {})
+
+
+def test_a_layer_with_a_generator_of_its_own_has_no_public_weights():
+    with pytest.raises(ValueError, match='must be "pooled" or "experts", .* got "mixture"'):
+        import_torch(DRConv(3), {})
 
 
 def test_a_flat_weight_where_the_channels_are_told():

@@ -27,7 +27,7 @@ def same_as_linen(variables, layer):
         layer.bias[...] = params["bias"]
 
 
-@pytest.mark.parametrize("generator", ["pooled", "experts"])
+@pytest.mark.parametrize("generator", ["pooled", "mixture"])
 @pytest.mark.parametrize("guide_kernel", [None, 1, 5])
 @pytest.mark.parametrize(
     "window",
@@ -108,7 +108,7 @@ def test_bfloat16():
     [
         (dict(regions=0), "regions must be at least 1, got 0"),
         (dict(features=0), "features must be at least 1, got 0"),
-        (dict(filter_generator="mean"), "pooled, experts, got 'mean'"),
+        (dict(filter_generator="mean"), "mixture, pooled, experts, got 'mean'"),
         (dict(feature_group_count=4), "feature_group_count must divide features=6, got 4"),
         (dict(feature_group_count=3), "feature_group_count=3, got 4"),
         (dict(implementation="fast"), "got 'fast'"),
@@ -189,7 +189,7 @@ def test_counts_and_guides_of_another_type(no_shape_checks):
         DRConv(5).init(jax.random.key(0), x, guide=jnp.zeros((1, 6, 6, 8), jnp.int32))
 
 
-GENERATORS = pytest.mark.parametrize("generator", ["pooled", "experts"])
+GENERATORS = pytest.mark.parametrize("generator", ["pooled", "mixture"])
 
 
 def layer_and_gradient(generator):

@@ -12,7 +12,17 @@ from drconv_jax.linen import DRConv
 
 
 def entries_of_drconv(layer: DRConv, arrays: Mapping[str, np.ndarray]) -> list[Entry]:
-    """What a DRConv needs of a state dict, by the names of the code with its filter generator."""
+    """What a DRConv needs of a state dict, by the names of the code with its filter generator.
+
+    Raises:
+      ValueError: no public code has this filter generator.
+    """
+    if layer.filter_generator not in _TABLES_OF_DRCONV:
+        known = " or ".join(f'"{name}"' for name in _TABLES_OF_DRCONV)
+        raise ValueError(
+            f"filter_generator must be {known}, as in the code the weights are from, got "
+            f'"{layer.filter_generator}".'
+        )
     hyper = Hyperparameters.of(layer)
     return _TABLES_OF_DRCONV[layer.filter_generator](hyper, arrays)
 

@@ -23,14 +23,13 @@ from drconv_jax.models.parts import (
     norm,
 )
 
-# Table 5 of the paper: channels of stages 2, 3, 4 and of the last convolution.
+# Table 5 of the paper: channels of the stem, of stages 2, 3, 4 and of the last convolution.
 _CHANNELS = {
-    0.5: (48, 96, 192, 1024),
-    1.0: (116, 232, 464, 1024),
-    1.5: (176, 352, 704, 1024),
-    2.0: (244, 488, 976, 2048),
+    0.5: (24, 48, 96, 192, 1024),
+    1.0: (24, 116, 232, 464, 1024),
+    1.5: (24, 176, 352, 704, 1024),
+    2.0: (24, 244, 488, 976, 2048),
 }
-_STEM_CHANNELS = 24
 
 
 def channel_shuffle(x: Float[Array, "... channels"], groups: int) -> Float[Array, "... channels"]:
@@ -102,6 +101,8 @@ class ShuffleNetV2(nn.Module):
       num_classes: outputs of the classifier; None leaves it out and returns the pooled features.
       width: width multiplier; 0.5, 1, 1.5 and 2 have the paper's channels, others scale those of 1
         (in multiples of 4).
+      channels: of the stem, of stages 2, 3 and 4 (even) and of the last convolution; None takes
+        those of `width`.
       blocks: blocks in stages 2, 3 and 4.
       conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
       placement, guide_regions: see `Block`.
@@ -112,6 +113,7 @@ class ShuffleNetV2(nn.Module):
 
     num_classes: int | None = 1000
     width: float = 1.0
+    channels: Sequence[int] | None = None
     blocks: Sequence[int] = (4, 8, 4)
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
@@ -135,9 +137,9 @@ class ShuffleNetV2(nn.Module):
           features: whether to return, instead, the last feature map at every stride, by stride;
             nothing behind them is run.
         """
-        *stages, last = _channels(self.width)
+        stem, *stages, last = _channels(self.width, self.channels)
         strides, pool_strides = self.stem_strides
-        x = conv(x, _STEM_CHANNELS, "stem_conv", kernel=3, strides=strides, dtype=self.dtype)
+        x = conv(x, stem, "stem_conv", kernel=3, strides=strides, dtype=self.dtype)
         x = nn.relu(norm(x, "stem_norm", train=train, dtype=self.dtype))
         stride, maps = strides, {strides: x}
         if pool_strides > 1:
@@ -167,9 +169,16 @@ class ShuffleNetV2(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(x)
 
 
-def _channels(width: float) -> tuple[int, ...]:
+def _channels(width: float, channels: Sequence[int] | None) -> Sequence[int]:
+    if channels is not None:
+        if len(channels) != 5 or min(channels) < 1 or any(c % 2 for c in channels[1:4]):
+            raise ValueError(
+                "channels must be five positive integers, the second to the fourth of them even, "
+                f"got {tuple(channels)}."
+            )
+        return channels
     check_width(width)
     if width in _CHANNELS:
         return _CHANNELS[width]
-    *stages, last = _CHANNELS[1.0]
-    return (*(max(4, round(c * width / 4) * 4) for c in stages), last)
+    stem, *stages, last = _CHANNELS[1.0]
+    return (stem, *(max(4, round(c * width / 4) * 4) for c in stages), last)

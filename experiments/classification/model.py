@@ -12,6 +12,7 @@ from flax import linen as nn
 
 from drconv_jax import DRConv
 from drconv_jax.models import ShuffleNetV2, create_model
+from experiments.classification.guides import Guide, Guided
 from experiments.runtime.errors import UserError
 
 _SMALL = "small"
@@ -32,6 +33,9 @@ class ModelConfig:
     """Which 1x1 convolutions of a block it replaces; default: as the name says."""
     width: float | None = None
     """Width multiplier; default: as the name says."""
+    channels: tuple[int, ...] | None = None
+    """Channels of a ShuffleNetV2's stem, stages 2, 3 and 4 and last convolution, in place of the
+    width's."""
     blocks: tuple[int, ...] | None = None
     """Blocks in the stages of a ShuffleNetV2 or MobileFaceNet; default: as the name says."""
     stem_strides: tuple[int, ...] | None = None
@@ -39,8 +43,15 @@ class ModelConfig:
     MobileNet's first convolution; small ones keep small images large. Default: as the name says."""
     regions: int = 8
     """m, the regions of a DRConv."""
-    filter_generator: Literal["pooled", "experts"] = "pooled"
-    """The paper's filter generator or the released code's."""
+    filter_generator: Literal["mixture", "pooled", "experts"] = "mixture"
+    """DRConv's own filter generator, the paper's or the released code's."""
+    experts: int = 8
+    """Filter banks that the generators "mixture" and "experts" mix."""
+    guide: Guide = "learned"
+    """How positions get their regions: learned with the softmax backward or, to compare, with a
+    straight-through one, in the cells of a fixed grid, or at random."""
+    guide_kernel_size: int | None = None
+    """Of the guide convolution; default: DRConv's."""
     shared_guide: bool | None = None
     """Whether the convolutions of a block share one guide, as in the released code; default: as the
     name says, no in "small"."""
@@ -57,6 +68,12 @@ class ModelConfig:
                 "at least 1 each",
             ),
             ("regions", self.regions >= 1, "at least 1"),
+            ("experts", self.experts >= 1, "at least 1"),
+            (
+                "guide_kernel_size",
+                self.guide_kernel_size is None or self.guide_kernel_size >= 1,
+                "at least 1",
+            ),
         ):
             if not within:
                 option, value = name.replace("_", "-"), getattr(self, name)
@@ -81,13 +98,18 @@ class ModelConfig:
           UserError: the name is unknown, or the network has no such option.
         """
         shared = self.name.startswith("dr_") if self.shared_guide is None else self.shared_guide
+        dynamic = functools.partial(
+            DRConv if self.guide == "learned" else functools.partial(Guided, kind=self.guide),
+            regions=1 if self._conv == "dynamic" else self.regions,
+            filter_generator=self.filter_generator,
+            experts=self.experts,
+            guide_kernel_size=self.guide_kernel_size and (self.guide_kernel_size,) * 2,
+        )
         makers: dict[str, Any] = {
-            "drconv": functools.partial(
-                DRConv, regions=self.regions, filter_generator=self.filter_generator
-            ),
+            "drconv": dynamic,
             "standard": nn.Conv,
             "local": nn.ConvLocal,
-            "dynamic": functools.partial(DRConv, regions=1, filter_generator=self.filter_generator),
+            "dynamic": dynamic,
         }
         fields: dict[str, Any] = {
             "num_classes": num_classes,
@@ -95,7 +117,7 @@ class ModelConfig:
             "guide_regions": self.regions if self.has_guide and shared else None,
             "dtype": jnp.dtype(self.dtype),
         }
-        for name in ("placement", "width", "blocks", "stem_strides"):
+        for name in ("placement", "width", "channels", "blocks", "stem_strides"):
             if (value := getattr(self, name)) is not None:
                 fields[name] = value
         if "shufflenet" not in self.name and len(self.stem_strides or ()) == 1:

@@ -39,6 +39,20 @@ def shown(config: T, preset: T, name: str) -> str:
     return "\n".join(lines)
 
 
+def arguments(config: T, preset: T) -> list[str]:
+    """The command-line options that make `config` of `preset`."""
+    options: list[str] = []
+    for name, (value, _) in differences(config, preset).items():
+        option = f"--{name.replace('_', '-')}"
+        if isinstance(value, bool) and isinstance(flat(preset)[name], bool):
+            group, dot, last = option[2:].rpartition(".")
+            options.append(option if value else f"--{group}{dot}no-{last}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            options += [option, *map(str, values)]
+    return options
+
+
 def from_json(kind: type[T], values: Mapping[str, Any]) -> T:
     """The configuration that `dataclasses.asdict` and JSON made `values` of.
 

@@ -1,0 +1,1 @@
+"""The paper's claim on real images: `python -m experiments.ablation --help`."""

@@ -1,0 +1,76 @@
+"""The study's finished runs, kept in one file."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from experiments.runtime.errors import UserError
+from experiments.runtime.files import write_text
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A run, and what came of it.
+
+    Attributes:
+      case: its name in the study.
+      seed: its seed.
+      command: Python's arguments, but for the run's folder.
+      report: the run's report.json; None before it is done.
+    """
+
+    case: str
+    seed: int
+    command: list[str]
+    report: dict[str, Any] | None = None
+
+
+class Results:
+    """`results.json` in a folder, which is made where there is none.
+
+    Attributes:
+      runs: those that are finished.
+
+    Raises:
+      UserError: the file is not one of this command.
+    """
+
+    def __init__(self, folder: pathlib.Path):
+        self._path = folder / "results.json"
+        self.runs: list[Run] = []
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if self._path.exists():
+                rows = json.loads(self._path.read_text(encoding="utf-8"))
+                self.runs = [Run(**row) for row in rows]
+        except (OSError, ValueError, TypeError) as error:
+            raise UserError(
+                f'--out: "{self._path}" holds no results of this command: {error}; name another '
+                "folder."
+            ) from None
+
+    def has(self, run: Run) -> bool:
+        """Whether this run is finished.
+
+        Raises:
+          UserError: it is, but was done with other options.
+        """
+        for known in self.runs:
+            if (known.case, known.seed) == (run.case, run.seed):
+                if known.command != run.command:
+                    raise UserError(
+                        f'--out: "{self._path}" has {run.case} with seed {run.seed} done by other '
+                        f"options, {' '.join(known.command)}; name another folder."
+                    )
+                return True
+        return False
+
+    def add(self, run: Run, folder: pathlib.Path) -> None:
+        """Takes in the report that a run has left in its folder."""
+        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+        self.runs.append(dataclasses.replace(run, report=report))
+        rows = [dataclasses.asdict(known) for known in self.runs]
+        write_text(self._path, json.dumps(rows, indent=1) + "\n")

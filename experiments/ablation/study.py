@@ -1,0 +1,109 @@
+"""What is compared, and with which recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from experiments.classification.__main__ import Config
+from experiments.classification.model import ModelConfig
+from experiments.runtime.checkpoints import CheckpointConfig
+from experiments.runtime.recipes import Recipe
+
+# ShuffleNetV2 for 32 x 32 images, narrow enough to train in minutes on one core.
+_CHANNELS = (8, 16, 32, 64, 256)
+_NETWORK: dict[str, Any] = {
+    "name": "shufflenet_v2_x0_5",
+    "channels": _CHANNELS,
+    "blocks": (1, 2, 1),
+    "stem_strides": (1, 1),
+}
+_RECIPE = Recipe(
+    epochs=3,
+    batch_size=128,
+    learning_rate=0.2,
+    warmup_epochs=0.5,
+    weight_decay=1e-4,
+    label_smoothing=0.0,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A network of the study.
+
+    Attributes:
+      title: in tables.
+      model: the network.
+    """
+
+    title: str
+    model: ModelConfig
+
+
+def _plain(title: str, **options: Any) -> Case:
+    return Case(title, ModelConfig(**{**_NETWORK, **options}))
+
+
+def _dr(title: str, **options: Any) -> Case:
+    return _plain(title, conv="drconv", **options)
+
+
+CASES: Mapping[str, Case] = {
+    "plain": _plain("nn.Conv"),
+    "dr": _dr("DRConv, m = 8"),
+    "wide": _plain("nn.Conv, as many multiply-adds", channels=(10, 20, 38, 78, 314)),
+    "m1": _plain("m = 1", conv="dynamic"),
+    "m2": _dr("m = 2", regions=2),
+    "m4": _dr("m = 4", regions=4),
+    "m16": _dr("m = 16", regions=16),
+    "guide-3x3": _dr("guide convolution 3x3", guide_kernel_size=3),
+    "shared-guide": _dr("one guide per block", shared_guide=True),
+    "pooled": _dr('generator "pooled", the paper\'s', filter_generator="pooled"),
+    "experts": _dr('generator "experts", the released code\'s', filter_generator="experts"),
+    "experts-4": _dr("4 experts, not 8", experts=4),
+    "straight-through": _dr("straight-through backward", guide="straight-through"),
+    "grid": _dr("fixed grid of regions", guide="grid"),
+    "random": _dr("random regions", guide="random"),
+    "local": _plain("locally connected (nn.ConvLocal)", conv="local"),
+}
+
+# Table by table: the title, and the cases with their titles there where these are other ones.
+TABLES: Mapping[str, tuple[str, ...]] = {
+    "DRConv against its plain twin": ("plain", "dr", "wide"),
+    "Number of regions": ("plain", "m1", "m2", "m4", "dr", "m16"),
+    "Guide and generator": (
+        "dr",
+        "guide-3x3",
+        "shared-guide",
+        "pooled",
+        "experts",
+        "experts-4",
+        "straight-through",
+        "grid",
+        "random",
+    ),
+    "Other convolutions of the kind": ("dr", "m1", "local"),
+}
+
+# The claim itself is the first to be known.
+_FIRST = TABLES["DRConv against its plain twin"]
+
+
+def config_of(name: str, seed: int, data: str, epochs: int) -> Config:
+    """The options of a run."""
+    return Config(
+        data=data,
+        image_size=32,
+        model=CASES[name].model,
+        train=dataclasses.replace(_RECIPE, epochs=epochs, seed=seed),
+        checkpoint=CheckpointConfig(keep=1),
+    )
+
+
+def order(names: tuple[str, ...], seeds: int) -> list[tuple[str, int]]:
+    """Case and seed of all runs, in the order to do them."""
+    first = [name for name in names if name in _FIRST]
+    rest = [name for name in names if name not in _FIRST]
+    return [(name, seed) for part in (first, rest) for seed in range(seeds) for name in part]
