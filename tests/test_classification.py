@@ -19,6 +19,7 @@ from experiments.runtime import data, loop, mesh
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import replacing
+from experiments.runtime.pipeline import Loading
 from experiments.runtime.recipes import Recipe
 
 TINY = [
@@ -97,7 +98,7 @@ def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path)
 @pytest.mark.parametrize(
     "arguments,message",
     [
-        (["--data", "mnist"], '"digits" or "folder:PATH", got "mnist"'),
+        (["--data", "mnist"], 'or "hf:NAME_OR_PATH", got "mnist"'),
         (["--data", "folder:/nowhere"], 'there is no "/nowhere"'),
         (["--colour", "red"], "--colour"),
         (["--model.regions", "0"], "regions must be at least 1, got 0"),
@@ -268,19 +269,19 @@ def standard_promotion():  # optax's
 @pytest.mark.parametrize("kept", ["first and a half", "nothing", "no file"])
 def test_resuming_with_lost_metrics(kept, tree, tmp_path):
     dataset = data.load(f"folder:{tree}", 8)
-    recipe = Recipe(epochs=2, batch_size=8, augment=False)
+    recipe = Recipe(epochs=2, batch_size=8, augment="none")
 
     def train():
         return loop.train(Linear(), dataset, recipe, tmp_path, mesh=mesh.make_mesh(), image_size=8)
 
-    _, whole = train()
+    whole = train().metrics
     path = tmp_path / "metrics.jsonl"
     text = path.read_text()
     if kept == "no file":
         path.unlink()
     else:
         path.write_text(text[: text.index("\n") + 20] if kept != "nothing" else "")
-    _, resumed = train()
+    resumed = train().metrics
     assert resumed == whole and path.read_text() == text
 
 
@@ -319,7 +320,7 @@ def test_help_explains_every_option():
         words = re.sub(r".*--[a-z.-]+ (\{\S+\}\S*|[A-Z]+ )*", "", part)
         explained[option] = words.split()
     groups = {
-        "": (Config, Arguments, Pods, mesh.Placement),
+        "": (Config, Arguments, Pods, Loading, mesh.Placement),
         "model.": (ModelConfig,),
         "train.": (Recipe,),
         "checkpoint.": (CheckpointConfig,),
@@ -330,7 +331,7 @@ def test_help_explains_every_option():
         for kind in kinds
         for field in dataclasses.fields(kind)
         if prefix
-        or field.name not in ("model", "train", "checkpoint", "config", "placement", "pods")
+        or (not dataclasses.is_dataclass(field.default_factory) and field.name != "config")
     }
     assert set(explained) == names
     assert all(len(words) >= 2 for words in explained.values())

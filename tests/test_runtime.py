@@ -17,10 +17,11 @@ from runs import checkpoints_of, rows_of, tensorboard
 
 from drconv_jax import DRConv
 from experiments.classification.__main__ import PRESETS, Config, ModelConfig
-from experiments.runtime import configs, data, loop, pipeline, preemption, regions, training
+from experiments.runtime import configs, loop, preemption, regions, sources, training
 from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
 from experiments.runtime.errors import Preempted, UserError
 from experiments.runtime.mesh import Placement, check_batch, make_mesh, on_devices
+from experiments.runtime.pipeline import Pipeline
 from experiments.runtime.recipes import RECIPES, Recipe, learning_rate, optimizer
 
 SIZE = 8
@@ -69,9 +70,9 @@ def dataset():
     def split(count):
         labels = rng.integers(0, 4, count).astype(np.int32)
         images = rng.integers(0, 120, (count, SIZE, SIZE, 3)) + 40 * labels[:, None, None, None]
-        return data.Split(images.astype(np.uint8), labels)
+        return sources.ArraySplit(images.astype(np.uint8), labels)
 
-    return data.Dataset(split(40), split(21), ("a", "b", "c", "d"))
+    return sources.Dataset(split(40), split(21), ("a", "b", "c", "d"))
 
 
 def train(dataset, folder, recipe, model=None, devices=None, fsdp=1, **checkpoint):
@@ -111,26 +112,17 @@ def sigterm_at(monkeypatch):
     def install(number):
         count = 0
 
-        class Training(pipeline.TrainingBatches):
-            def __next__(self):
-                nonlocal count
-                count += 1
-                if count == number:
-                    os.kill(os.getpid(), signal.SIGTERM)
-                return super().__next__()
+        placed = loop._Run._placed
 
-        evaluation = pipeline.evaluation_batches
-
-        def evaluation_batches(*args, **kw):
+        def counted(run, split, batches):
             nonlocal count
-            for batch in evaluation(*args, **kw):
+            for batch in placed(run, split, batches):
                 count += 1
                 if count == number:
                     os.kill(os.getpid(), signal.SIGTERM)
                 yield batch
 
-        monkeypatch.setattr(pipeline, "TrainingBatches", Training)
-        monkeypatch.setattr(pipeline, "evaluation_batches", evaluation_batches)
+        monkeypatch.setattr(loop._Run, "_placed", counted)
 
     return install
 
@@ -142,7 +134,7 @@ RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.05, ema=0.9)  # 5 steps,
 def uninterrupted(compiled_once, dataset, tmp_path_factory):
     folder = tmp_path_factory.mktemp("uninterrupted")
     with jax.numpy_dtype_promotion("standard"):
-        state, _ = train(dataset, folder, RECIPE)
+        state, *_ = train(dataset, folder, RECIPE)
     return jax.device_get(state), rows_of(folder)
 
 
@@ -157,7 +149,7 @@ def test_a_run_that_sigterm_stopped_ends_as_if_it_never_had(
         train(dataset, tmp_path, RECIPE)
     assert stopped.value.code == 75
     assert len(rows_of(tmp_path)) == (batch - 1) // 11
-    state, _ = train(dataset, tmp_path, RECIPE)
+    state, *_ = train(dataset, tmp_path, RECIPE)
     assert_same(state, uninterrupted[0])
     assert rows_of(tmp_path) == uninterrupted[1]
 
@@ -307,7 +299,7 @@ def test_a_run_goes_on_with_other_devices_or_other_parts(
     sigterm_at(4)
     with pytest.raises(Preempted):
         train(dataset, tmp_path, RECIPE)
-    state, _ = train(dataset, tmp_path, RECIPE, devices=jax.devices()[:devices], fsdp=fsdp)
+    state, *_ = train(dataset, tmp_path, RECIPE, devices=jax.devices()[:devices], fsdp=fsdp)
     assert_close(rows_of(tmp_path), uninterrupted[1])
     kernel = state.variables["params"]["Dense_0"]["kernel"]
     assert kernel.shape == (8, 2048) and len(kernel.sharding.device_set) == devices
@@ -355,7 +347,7 @@ def test_parts_that_the_devices_do_not_make():
 
 @pytest.mark.parametrize("option", [{"accumulate": 2}, {"remat": True}])
 def test_saving_memory_changes_no_gradient(option, dataset):
-    recipe = Recipe(batch_size=16, warmup_epochs=0.0, augment=False)
+    recipe = Recipe(batch_size=16, warmup_epochs=0.0, augment="none")
     model = Net() if "remat" in option else Linear()  # batch norm sees the parts one by one
 
     def after_a_step(recipe):
@@ -380,13 +372,11 @@ def test_saving_memory_changes_no_gradient(option, dataset):
 
 
 def test_what_is_not_finite_stops_the_run(tmp_path, dataset):
-    recipe = Recipe(epochs=5, batch_size=8, learning_rate=1e30, warmup_epochs=1.0, augment=False)
+    recipe = Recipe(epochs=5, batch_size=8, learning_rate=1e30, warmup_epochs=1.0, augment="none")
     with pytest.raises(UserError) as refused:
         train(dataset, tmp_path, recipe, Linear(), every_steps=1, keep=1)
     found = json.loads((tmp_path / "non_finite.json").read_text())
-    batches = pipeline.training_batches(
-        dataset.train, global_batch_size=8, seed=0, process_index=0, process_count=1
-    )
+    batches = Pipeline(8, 0, 1, SIZE, "none", flips=False, seed=0).training(dataset.train, 0)
     for _ in range(found["step"]):
         batch = next(batches)
     assert found["samples"] == [dataset.train.name_of(i) for i in batch["index"]]
@@ -441,7 +431,7 @@ def test_a_collapsed_guide_is_said(dataset, tmp_path, capsys):
 
 
 def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, sigterm_at):
-    recipe = Recipe(epochs=3, batch_size=8, augment=False)
+    recipe = Recipe(epochs=3, batch_size=8, augment="none")
     sigterm_at(15)  # in the second epoch's evaluation; an epoch is 5 and 3 batches
     with pytest.raises(Preempted):
         train(dataset, tmp_path, recipe, Linear())

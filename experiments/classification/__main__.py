@@ -8,12 +8,14 @@ when SIGTERM stopped the run and it can be resumed.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import jax
@@ -22,16 +24,19 @@ import numpy as np
 import tyro
 from flax import linen as nn
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from rich.console import Console
 
 from drconv_jax import viz
 from experiments.classification.model import ModelConfig
-from experiments.runtime import configs, data, dry_run
+from experiments.runtime import configs, data, dry_run, images, sources
 from experiments.runtime import mesh as meshes
 from experiments.runtime.checkpoints import CheckpointConfig
+from experiments.runtime.data import Hold
 from experiments.runtime.errors import UserError, exit_on_user_error
 from experiments.runtime.files import replacing, write_text
 from experiments.runtime.loop import steps_per_epoch, train
+from experiments.runtime.pipeline import Loading
 from experiments.runtime.recipes import RECIPES, Recipe
 from experiments.runtime.training import normalize
 
@@ -41,10 +46,14 @@ class Config:
     """What a run is; saved with it."""
 
     data: str = "digits"
-    """"digits" (embedded), or folder:PATH, a tree train/CLASS/x.jpg and test|val/CLASS/x.jpg or a
-    zip of one."""
+    """"digits" (embedded); folder:PATH, a tree train/CLASS/x.jpg and test|val/CLASS/x.jpg or a zip
+    of one; arrayrecord:PATH, what experiments.convert makes of that; hf:NAME_OR_PATH, a data set of
+    Hugging Face's datasets; idx:PATH, a folder of MNIST's or Fashion-MNIST's four files."""
     image_size: int = 32
     """Images are resized to this many pixels a side."""
+    hold: Hold = "auto"
+    """Where images are kept: in memory, resized, or on disk, and read in every epoch; default: in
+    memory, if that takes 4 GiB at most and --train.augment is not resized-crop."""
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     train: Recipe = dataclasses.field(default_factory=Recipe)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
@@ -106,6 +115,7 @@ class Arguments(_Chosen):
     placement: Annotated[meshes.Placement, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=meshes.Placement
     )
+    loading: Annotated[Loading, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Loading)
     pods: Annotated[Pods, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Pods)
 
 
@@ -125,19 +135,24 @@ def main() -> None:
             config, run_dir = arguments.config, _folder(arguments)
         else:
             config, run_dir = _resumed_config(arguments), arguments.resume
-        run(config, run_dir, meshes.make_mesh(arguments.placement.fsdp))
+        run(config, run_dir, meshes.make_mesh(arguments.placement.fsdp), arguments.loading)
 
 
-def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
+def run(config: Config, run_dir: pathlib.Path, mesh: Mesh, loading: Loading = Loading()) -> None:
     """Trains by `config` in `run_dir`, continuing what is there, and writes the report."""
-    dataset = data.load(config.data, config.image_size)
+    dataset = data.load(
+        config.data,
+        config.image_size,
+        hold=config.hold,
+        whole_images=config.train.augment == "resized-crop",
+    )
     for line in dataset.skipped[:5]:
         print(f"skipped {line}", file=sys.stderr)
     if len(dataset.skipped) > 5:
         print(f"skipped {len(dataset.skipped)} images in all; see report.json", file=sys.stderr)
     model = config.model.build(len(dataset.classes))
     try:
-        jax.eval_shape(model.init, jax.random.key(0), dataset.test.images[:1].astype(np.float32))
+        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *[config.image_size] * 2, 3)))
     except (ValueError, ArithmeticError) as error:
         raise UserError(f"--model: {error}") from None
     steps_per_epoch(dataset, config.train)
@@ -160,7 +175,7 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
         )
     meshes.meet("the run's folder is there")
     start = time.time()
-    state, metrics = train(
+    state, metrics, skipped = train(
         model,
         dataset,
         config.train,
@@ -168,7 +183,9 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
         mesh=mesh,
         image_size=config.image_size,
         checkpoint=config.checkpoint,
+        loading=loading,
     )
+    skipped = [*dataset.skipped, *skipped]
     variables = meshes.on_host(state.variables, mesh)
     if not leads:
         return
@@ -176,15 +193,15 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh) -> None:
         **metrics,
         "seconds": time.time() - start,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
-        "skipped_images": len(dataset.skipped),
-        "skipped": list(dataset.skipped),
+        "skipped_images": len(skipped),
+        "skipped": skipped,
     }
     if config.model.has_guide:
-        _draw_guide_masks(model, variables, dataset, config.model.regions, run_dir)
+        _draw_guide_masks(model, variables, dataset, config, run_dir)
     write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
     print(
         f"test accuracy {metrics['test_accuracy']:.4f} after {metrics['epoch']} epochs, "
-        f"{report['parameters']:,} parameters, {len(dataset.skipped)} images skipped; "
+        f"{report['parameters']:,} parameters, {len(skipped)} images skipped; "
         f"see {run_dir}"
     )
 
@@ -257,7 +274,8 @@ def _folder(arguments: Arguments) -> pathlib.Path:
 
 
 def _resumed_config(arguments: Arguments) -> Config:
-    if arguments != Arguments(resume=arguments.resume, placement=arguments.placement):
+    where = {name: getattr(arguments, name) for name in ("resume", "placement", "loading")}
+    if arguments != Arguments(**where):
         raise UserError(
             "--resume takes the run's own options; give no other option with it but where to run."
         )
@@ -288,22 +306,39 @@ def read_config(option: str, run_dir: pathlib.Path) -> Config:
 def _draw_guide_masks(
     model: nn.Module,
     variables: dict[str, Any],
-    dataset: data.Dataset,
-    regions: int,
+    dataset: sources.Dataset,
+    config: Config,
     run_dir: pathlib.Path,
 ) -> None:
-    chosen = np.unique(dataset.test.labels, return_index=True)[1][:6]
-    images, labels = dataset.test.images[chosen], dataset.test.labels[chosen]
+    pixels, labels = _examples(dataset.test, config, count=6)
     apply = jax.jit(functools.partial(model.apply, train=False, mutable="intermediates"))
-    _, intermediates = apply(variables, normalize(jnp.asarray(images)))
+    _, intermediates = apply(variables, normalize(jnp.asarray(pixels)))
     with replacing(run_dir / "guide_masks.png") as temporary:
         viz.save_guide_masks(
             temporary,
-            images / 255,
+            pixels / 255,
             jax.device_get(viz.region_indices(intermediates["intermediates"])),
-            regions,
+            config.model.regions,
             [dataset.classes[label] for label in labels],
         )
+
+
+def _examples(
+    split: sources.Split, config: Config, count: int
+) -> tuple[UInt8[np.ndarray, "count size size 3"], Sequence[int]]:
+    """Some images of several classes, and their labels."""
+    if isinstance(split, sources.ArraySplit):
+        chosen = np.unique(split.labels, return_index=True)[1][:count]
+        return split.images[chosen], split.labels[chosen].tolist()
+    decode = images.centre_crop if config.train.augment == "resized-crop" else images.squashed
+    found: list[tuple[np.ndarray, int]] = []
+    for index in np.random.default_rng(0).permutation(len(split)).tolist():
+        if len(found) == count:
+            break
+        with contextlib.suppress(Exception):  # a broken image, which the run has named
+            sample = split[index]
+            found.append((decode(sample.content, config.image_size), sample.label))
+    return np.stack([pixels for pixels, _ in found]), [label for _, label in found]
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import dataclasses
 import json
 import math
 import pathlib
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -19,38 +20,53 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from experiments.runtime import mesh as meshes
-from experiments.runtime import pipeline, preemption, regions
+from experiments.runtime import preemption, regions
 from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
-from experiments.runtime.data import Dataset
 from experiments.runtime.errors import Preempted, UserError
 from experiments.runtime.files import write_text
 from experiments.runtime.metrics import Metrics, Row
+from experiments.runtime.pipeline import Batch, Loading, Pipeline, broken
 from experiments.runtime.recipes import Recipe
+from experiments.runtime.sources import Dataset, Split, reason_of
 from experiments.runtime.training import Program, Results, TrainState, program
 
 T = TypeVar("T")
 
 # Steps between two points of a curve in TensorBoard.
 _CURVE_EVERY = 20
+# Broken images that are named as they are met; all of them are in the run's report.
+_SHOWN_SKIPPED = 5
 
 
 @dataclasses.dataclass
 class Record:
-    """What a run must know to go on, besides its state.
+    """What a run must know to go on, besides its state, whose step says where the data goes on.
 
     Attributes:
-      pipeline: where the input pipeline stands.
       rows: the metrics of the epochs that are done.
       steps: steps taken in the epoch under way.
       loss, accuracy, seconds: sums over these steps.
     """
 
-    pipeline: Any = None
     rows: list[Row] = dataclasses.field(default_factory=list)
     steps: int = 0
     loss: float = 0.0
     accuracy: float = 0.0
     seconds: float = 0.0
+
+
+class Trained(NamedTuple):
+    """What a run ends with.
+
+    Attributes:
+      state: the last.
+      metrics: of the last epoch.
+      skipped: images that could not be read on the way, as "path: reason".
+    """
+
+    state: TrainState
+    metrics: Row
+    skipped: list[str]
 
 
 def steps_per_epoch(dataset: Dataset, recipe: Recipe) -> int:
@@ -77,7 +93,8 @@ def train(
     mesh: Mesh,
     image_size: int,
     checkpoint: CheckpointConfig = CheckpointConfig(),
-) -> tuple[TrainState, Row]:
+    loading: Loading = Loading(),
+) -> Trained:
     """Trains from where the run's folder stands, and evaluates after every epoch.
 
     Stopped by SIGTERM, it saves where it stands; called again, it goes on as if it had never been
@@ -91,9 +108,7 @@ def train(
       mesh: where to train.
       image_size: pixels a side.
       checkpoint: when to save.
-
-    Returns:
-      The last state, and the metrics of the last epoch.
+      loading: how images come from a disk.
 
     Raises:
       UserError: the batch does not fit the data or the devices, the loss is not finite, no
@@ -116,7 +131,17 @@ def train(
         flips=dataset.flips,
     )
     with preemption.noticed() as preempted:
-        return _Run(compiled, dataset, recipe, run_dir, steps, checkpoint, preempted).finish()
+        data = Pipeline(
+            recipe.batch_size,
+            jax.process_index(),
+            jax.process_count(),
+            image_size,
+            recipe.augment,
+            dataset.flips,
+            recipe.seed,
+            loading,
+        )
+        return _Run(compiled, dataset, data, recipe, run_dir, steps, checkpoint, preempted).finish()
 
 
 class _Run:
@@ -126,21 +151,17 @@ class _Run:
         self,
         compiled: Program,
         dataset: Dataset,
+        data: Pipeline,
         recipe: Recipe,
         run_dir: pathlib.Path,
         steps_per_epoch: int,
         checkpoint: CheckpointConfig,
         preempted: Callable[[], bool],
     ):
-        self.compiled, self.dataset, self.recipe = compiled, dataset, recipe
+        self.compiled, self.dataset, self.data, self.recipe = compiled, dataset, data, recipe
         self.run_dir, self.steps_per_epoch = run_dir, steps_per_epoch
         self.checkpoint, self.preempted = checkpoint, preempted
-        self.share = {
-            "global_batch_size": recipe.batch_size,
-            "process_index": jax.process_index(),
-            "process_count": jax.process_count(),
-        }
-        self.batches = pipeline.training_batches(dataset.train, seed=recipe.seed, **self.share)
+        self.skipped: dict[str, str] = {}
         self.wishes = meshes.Wishes(compiled.mesh)
         self.checkpoints = Checkpoints(run_dir, checkpoint.keep)
         restored = self.checkpoints.restore(compiled.state)
@@ -148,8 +169,8 @@ class _Run:
             self.state, self.record = compiled.init(), Record()
         else:
             self.state, self.record = restored[0], Record(**restored[1])
-            self.batches.set_state(self.record.pipeline)
         self.step = int(self.state.step)
+        self.batches = self._placed(dataset.train, data.training(dataset.train, self.step))
         self.saved, self.mark = time.monotonic(), time.perf_counter()
         lead = meshes.leads()
         self.metrics = Metrics(run_dir, self.record.rows, self.step) if lead else None
@@ -160,25 +181,43 @@ class _Run:
         if restored is not None:
             self.progress.console.print(f"going on from step {self.step}")
 
-    def finish(self) -> tuple[TrainState, Row]:
+    def finish(self) -> Trained:
         """Trains to the end."""
         with self.progress, self.metrics or contextlib.nullcontext():
             while len(self.record.rows) < self.recipe.epochs:
                 self._train_epoch()
                 self._end_epoch()
         self.checkpoints.close()
-        return self.state, self.record.rows[-1]
+        skipped = meshes.strings_of_all_processes(list(self.skipped.values()))
+        return Trained(self.state, self.record.rows[-1], skipped)
+
+    def _placed(
+        self, split: Split, batches: Iterator[Batch]
+    ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
+        """Each batch's indices, and the batch on the devices, where the next is on its way too."""
+
+        def place(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
+            for index in broken(batch):
+                self._skip(split, index)
+            arrays = {name: batch[name] for name in ("image", "label")}
+            return batch["index"], meshes.on_devices(arrays, self.compiled.mesh)
+
+        return _one_behind(map(place, batches))
+
+    def _skip(self, split: Split, index: int) -> None:
+        name = split.name_of(index)
+        if name not in self.skipped:
+            self.skipped[name] = f"{name}: {reason_of(split, index)}"
+            if len(self.skipped) <= _SHOWN_SKIPPED:
+                print(f"skipped {self.skipped[name]}", file=sys.stderr)
 
     def _train_epoch(self) -> None:
         """Takes the steps that are left of the epoch."""
         self.mark = time.perf_counter()
         pending: tuple[int, Results, np.ndarray] | None = None
         for number in range(self.record.steps + 1, self.steps_per_epoch + 1):
-            batch = next(self.batches)
-            index = batch.pop("index")
-            self.state, results = self.compiled.train_step(
-                self.state, meshes.on_devices(batch, self.compiled.mesh)
-            )
+            index, batch = next(self.batches)
+            self.state, results = self.compiled.train_step(self.state, batch)
             self.step += 1
             stop, save = self.wishes.exchange(self.preempted(), self._overdue())
             if pending:  # one step behind, so that the device is never waited for
@@ -254,20 +293,17 @@ class _Run:
 
     def _evaluate(self, variables: dict[str, Any]) -> Row:
         """Means over the whole held-out split, and how regions are used there."""
-        batches = pipeline.evaluation_batches(self.dataset.test, **self.share)
-        evaluate, mesh = self.compiled.eval_step, self.compiled.mesh
+        split = self.dataset.test
+        batches = self._placed(split, self.data.evaluation(split))
         sums: Any = None
-        for results in _one_behind(
-            evaluate(variables, meshes.on_devices({k: b[k] for k in ("image", "label")}, mesh))
-            for b in batches
-        ):
+        for results in _one_behind(self.compiled.eval_step(variables, b) for _, b in batches):
             values = jax.tree.map(np.float64, jax.device_get(results))
             sums = values if sums is None else jax.tree.map(np.add, sums, values)
             stop, _ = self.wishes.exchange(self.preempted(), False)
             if stop:  # the epoch's steps are saved, and evaluation begins anew
                 self._save()
                 self._leave()
-        count = len(self.dataset.test)
+        count = max(sums["count"], 1)
         return {
             "test_loss": float(sums["loss"] / count),
             "test_accuracy": float(sums["correct"] / count),
@@ -277,7 +313,6 @@ class _Run:
     def _save(self, score: float | None = None) -> None:
         newest = self.checkpoints.newest
         if newest is None or newest.name != str(self.step):
-            self.record.pipeline = self.batches.get_state()
             self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.record), score)
         self.wishes.forget()
         self.saved, self.mark = time.monotonic(), time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import sys
@@ -191,6 +192,17 @@ def on_host(tree: Any, mesh: Mesh) -> Any:
 def from_all_processes(array: np.ndarray) -> np.ndarray:
     """The arrays of all processes, one behind the other."""
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def strings_of_all_processes(own: Sequence[str]) -> list[str]:
+    """The strings that any process has, each once, in alphabetical order."""
+    text = np.frombuffer(json.dumps(list(own)).encode(), np.uint8)
+    lengths = from_all_processes(np.array([len(text)]))
+    padded = np.zeros((1, lengths.max()), np.uint8)
+    padded[0, : len(text)] = text
+    rows = from_all_processes(padded)
+    found = [json.loads(row[:n].tobytes()) for row, n in zip(rows, lengths, strict=True)]
+    return sorted({string for strings in found for string in strings})
 
 
 class Wishes:

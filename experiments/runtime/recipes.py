@@ -12,6 +12,8 @@ import optax
 
 from experiments.runtime.errors import UserError
 
+Augment = Literal["none", "crop", "resized-crop"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
@@ -43,8 +45,9 @@ class Recipe:
     """Parts that a batch is computed in, one after another, to save memory."""
     remat: bool = False
     """Compute norms, activations and regions again in the backward pass, to save memory."""
-    augment: bool = True
-    """Pad and crop at random; image folders are also mirrored."""
+    augment: Augment = "crop"
+    """For small images, pad and crop at random; for large ones, which stay on disk, cut out a
+    random part and resize it, and evaluate on the middle. Both mirror at random, but not digits."""
     seed: int = 0
     """Of initial values, order and augmentation."""
 
@@ -76,6 +79,7 @@ RECIPES: Mapping[str, Recipe] = {
         batch_size=1024,
         learning_rate=0.5,
         schedule="linear",
+        augment="resized-crop",
         warmup_epochs=0.0,
         nesterov=False,
     ),
@@ -88,6 +92,7 @@ RECIPES: Mapping[str, Recipe] = {
         warmup_epochs=0.0,
         nesterov=False,
         label_smoothing=0.0,
+        augment="resized-crop",
     ),
 }
 

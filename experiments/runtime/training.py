@@ -14,7 +14,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, UInt8
 
-from experiments.runtime.data import augment
+from experiments.runtime.images import pad_crop_flip
 from experiments.runtime.mesh import by_batch, whole, with_shardings
 from experiments.runtime.recipes import Recipe, learning_rate, optimizer
 from experiments.runtime.regions import positions_in_regions
@@ -48,9 +48,10 @@ class Program:
       state: shapes of the state, and where its arrays lie.
       init: makes the state of a new run.
       train_step: (state, batch) to the next state and scalars: "loss", "accuracy",
-        "gradient_norm" and "learning_rate". The state it is given is gone.
-      eval_step: (variables, batch) to sums over the images whose label is not -1: "loss", "correct"
-        and, by layer, "regions", the positions in each region.
+        "gradient_norm" and "learning_rate", of the images whose label is not -1. The state it is
+        given is gone.
+      eval_step: (variables, batch) to sums over the images whose label is not -1: "count", "loss",
+        "correct" and, by layer, "regions", the positions in each region.
     """
 
     mesh: Mesh
@@ -139,8 +140,11 @@ def _train_step(
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1]), recipe.label_smoothing
         )
-        loss = optax.softmax_cross_entropy(logits, targets).mean()
-        return loss, (batch_stats, (logits.argmax(-1) == labels).mean())
+        real = labels >= 0
+        count = jnp.maximum(real.sum(), 1)
+        losses = jnp.where(real, optax.softmax_cross_entropy(logits, targets), 0)
+        accuracy = (logits.argmax(-1) == labels).sum() / count
+        return losses.sum() / count, (batch_stats, accuracy)
 
     gradients_of = jax.value_and_grad(loss_of, has_aux=True)
 
@@ -165,9 +169,9 @@ def _train_step(
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Results]:
         images, labels = batch["image"], batch["label"]
-        if recipe.augment:
+        if recipe.augment == "crop":
             key = jax.random.fold_in(jax.random.key(recipe.seed + 1), state.step)
-            images = augment(key, images, flip=flips)
+            images = pad_crop_flip(key, images, flip=flips)
         images = normalize(images)
         params, batch_stats = state.variables["params"], state.variables["batch_stats"]
         # Where parameters lie in parts, XLA would exchange activations rather than gather them.
@@ -212,6 +216,7 @@ def _eval_step(model: nn.Module, mesh: Mesh) -> Callable[[dict[str, Any], Batch]
         real = labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
         return {
+            "count": real.sum(),
             "loss": jnp.where(real, losses, 0).sum(),
             "correct": (real & (logits.argmax(-1) == labels)).sum(),
             "regions": positions_in_regions(

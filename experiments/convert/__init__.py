@@ -1,0 +1,1 @@
+"""Image folders to ArrayRecord files: `python -m experiments.convert --help`."""
