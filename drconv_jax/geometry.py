@@ -195,11 +195,12 @@ def tap_views(
     Zeros stand where padding lies.
     """
     out = window.output_shape(x.shape[1:-1])
-    x = jax.lax.pad(
-        x,
-        jnp.zeros((), x.dtype),
-        [(0, 0, 0), *((low, high, 0) for low, high in window.padding), (0, 0, 0)],
-    )
+    if any(pair != (0, 0) for pair in window.padding):
+        x = jax.lax.pad(
+            x,
+            jnp.zeros((), x.dtype),
+            [(0, 0, 0), *((low, high, 0) for low, high in window.padding), (0, 0, 0)],
+        )
     strides = (1, *window.strides, 1)
     views = []
     for tap in np.ndindex(*window.kernel_size):

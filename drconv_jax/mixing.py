@@ -34,19 +34,20 @@ def mix(
       weights: how every tap of every sample mixes its region's bank.
       bank: n filters for each region.
       bias: a filter that each region adds.
-      guide_features: says that the filters of regions that no position of a sample chooses are not
-        needed, the m regions being those here or, where there is but one, the taps. Where it is
-        not differentiated, the native kernel then leaves them unwritten.
+      guide_features: None leaves everything to XLA. Says that the filters of regions that no
+        position of a sample chooses are not needed, the m regions being those here or, where there
+        is but one, the taps. Where it is not differentiated, the native kernel then leaves them
+        unwritten.
       precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
       Every sample's filters, in the dtype of the weights.
     """
     by_xla = functools.partial(_mix, precision=precision)
-    if not cpu.does(weights.dtype):
+    if guide_features is None or not cpu.does(weights.dtype):
         return by_xla(weights, bank, bias)
     batch, taps, regions, _ = weights.shape
-    if guide_features is None or guide_features.shape[-1] == 1:
+    if guide_features.shape[-1] == 1:
         guide_features = jnp.zeros((batch, 0, regions if regions > 1 else taps))
     wide = accumulator(guide_features.dtype)
     positions = math.prod(guide_features.shape[1:-1])

@@ -72,6 +72,9 @@ def test_the_command_exports_a_run(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "its logits differ by at most" in done.stdout
     images = np.zeros((4, 8, 8, 3), np.uint8)
+    in_onnx = command(tmp_path / "run", "--format", "onnx")
+    assert in_onnx.returncode == 0, in_onnx.stderr
+    assert "model.onnx" in in_onnx.stdout and "its logits differ by at most" in in_onnx.stdout
     assert load_exported(tmp_path / "out")(images).shape == (4, 10)
 
 

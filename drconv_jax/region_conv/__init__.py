@@ -17,9 +17,11 @@ from drconv_jax.geometry import Padding, window_of
 from drconv_jax.region_conv import automatic, blocked, cpu, pallas
 from drconv_jax.region_conv.fused import RegionConv, fused
 from drconv_jax.region_conv.reference import reference
+from drconv_jax.region_conv.select import select
 
 IMPLEMENTATIONS: Mapping[str, RegionConv] = {
     "reference": reference,
+    "select": select,
     "blocked": fused(blocked),
     "cpu": fused(cpu, opaque=True),
     "pallas": fused(pallas, opaque=True),
@@ -53,8 +55,9 @@ def region_conv(
       strides, padding, input_dilation, kernel_dilation, feature_group_count, precision: as in
         `flax.linen.Conv`.
       implementation: a name, or names to try in turn (one that does not do what is asked passes
-        it on to the next), or None to choose by platform. "reference" is the definition; "blocked"
-        is pure XLA and runs everywhere; "cpu" is a native kernel for CPUs, None's choice there;
+        it on to the next), or None to choose by platform. "reference" is the definition; "select"
+        is products and a select, for converters to other formats; "blocked" is pure XLA and runs
+        everywhere; "cpu" is a native kernel for CPUs, None's choice there;
         "pallas" is made of fused kernels for TPU and GPU, interpreted (slowly) on a CPU.
 
     Returns:

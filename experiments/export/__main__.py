@@ -1,17 +1,19 @@
 """Writes a trained network to a file that runs without its code, and checks that file.
 
 The network of a run of experiments.classification, from its newest checkpoint, becomes a StableHLO
-file for any batch size: uint8 images (batch, size, size, 3) in, logits (batch, classes) out. Batch
-norms are folded into the convolutions before them. `drconv_jax.export.load_exported` runs it.
+or ONNX file for any batch size: uint8 images (batch, size, size, 3) in, logits (batch, classes)
+out. Batch norms are folded into the convolutions before them. `drconv_jax.export.load_exported`
+runs a StableHLO file, onnxruntime and others an ONNX file (pip install 'drconv_jax[onnx]').
 """
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +23,7 @@ from jaxtyping import Array
 
 from drconv_jax.export import PLATFORMS, export_model, load_exported
 from drconv_jax.fold import fold_batch_norm
+from drconv_jax.onnx import export_onnx
 from experiments.classification.__main__ import read_config
 from experiments.runtime import mesh as meshes
 from experiments.runtime.checkpoints import Checkpoints
@@ -37,33 +40,56 @@ class Arguments:
 
     run_dir: Annotated[pathlib.Path, tyro.conf.Positional]
     """The run's folder."""
+    format: Literal["stablehlo", "onnx"] = "stablehlo"
+    """Of the file. In ONNX a DRConv does m times the layer's multiply-adds."""
     out: pathlib.Path | None = None
-    """The file to write; default: model.stablehlo in the run's folder."""
+    """The file to write; default: model.stablehlo or model.onnx in the run's folder."""
     fold: bool = True
     """Whether batch norms are folded."""
     platforms: tuple[str, ...] = PLATFORMS
-    """Where it shall run, as jax.export names them."""
+    """Where a StableHLO file shall run, as jax.export names them."""
 
 
 def main() -> None:
     """The command."""
     with exit_on_user_error():
         arguments = tyro.cli(Arguments, prog="python -m experiments.export", description=__doc__)
-        out = arguments.out or arguments.run_dir / "model.stablehlo"
+        out = arguments.out or arguments.run_dir / f"model.{arguments.format}"
         run, variables, size = trained_network(arguments.run_dir, fold=arguments.fold)
         try:
-            export_model(
-                out, run, variables, (size, size, 3), dtype=np.uint8, platforms=arguments.platforms
-            )
+            _write(out, run, variables, size, arguments)
         except OSError as error:
             raise UserError(f'--out: "{out}" cannot be written: {error.strerror}.') from None
-        except ValueError as error:
-            raise UserError(f"--platforms: {error}") from None
-        difference = check(out, run, variables, size)
+        load = load_exported if arguments.format == "stablehlo" else _load_onnx
+        difference = check(out, load, run, variables, size)
+        where = ", ".join(arguments.platforms) if arguments.format == "stablehlo" else "ONNX"
         print(
-            f"{out}: {out.stat().st_size / 2**20:.1f} MiB for {', '.join(arguments.platforms)}; "
-            f"read back, its logits differ by at most {difference:.1e} of the largest"
+            f"{out}: {out.stat().st_size / 2**20:.1f} MiB for {where}; read back, its logits "
+            f"differ by at most {difference:.1e} of the largest"
         )
+
+
+def _write(
+    out: pathlib.Path, run: Callable[..., Any], variables: Any, size: int, arguments: Arguments
+) -> None:
+    shape = (size, size, 3)
+    if arguments.format == "onnx":
+        try:
+            export_onnx(out, run, variables, shape, dtype=np.uint8)
+        except (ImportError, ValueError) as error:
+            raise UserError(f"--format onnx: {error}") from None
+        return
+    try:
+        export_model(out, run, variables, shape, dtype=np.uint8, platforms=arguments.platforms)
+    except ValueError as error:
+        raise UserError(f"--platforms: {error}") from None
+
+
+def _load_onnx(path: pathlib.Path) -> Callable[[Array], Any]:
+    """The network in an ONNX file, by onnxruntime on a CPU."""
+    onnxruntime = importlib.import_module("onnxruntime")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda inputs: session.run(["outputs"], {"inputs": np.asarray(inputs)})[0]
 
 
 def trained_network(
@@ -100,14 +126,18 @@ def trained_network(
 
 
 def check(
-    path: pathlib.Path, run: Callable[[Any, Array], Array], variables: Any, size: int
+    path: pathlib.Path,
+    load: Callable[[pathlib.Path], Callable[[Array], Any]],
+    run: Callable[[Any, Array], Array],
+    variables: Any,
+    size: int,
 ) -> float:
     """The largest difference between the file's logits and the network's, relative.
 
     Raises:
       UserError: it is more than rounding; the file is removed.
     """
-    exported, difference = load_exported(path), 0.0
+    exported, difference = load(path), 0.0
     for batch in (1, 3):
         images = np.random.default_rng(batch).integers(0, 256, (batch, size, size, 3), np.uint8)
         expected = np.asarray(jax.jit(run)(variables, images), np.float32)
