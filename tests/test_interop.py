@@ -141,6 +141,146 @@ def test_other_widths_and_blocks_by_construction(model, names):
     assert set(names) <= set(torch_state(model, size))
 
 
+def released_network(state, x):
+    """What megvii-research/DRConv's network computes, from its state dict, channels first."""
+
+    def convolve(name, x, strides, groups=1):
+        kernel = state[f"{name}.conv.weight"]
+        pad = [(kernel.shape[-1] // 2,) * 2] * 2
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (strides, strides), pad, feature_group_count=groups
+        )
+        y, bias = np.asarray(y), state.get(f"{name}.conv.bias")
+        return y if bias is None else y + bias[:, None, None]
+
+    def norm(name, y):
+        weight, bias, mean, var = (
+            state[f"{name}.bn.{part}"][:, None, None]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        )
+        return (y - mean) / np.sqrt(var + 1e-5) * weight + bias
+
+    def by_region(name, x, mask):
+        weight = state[f"{name}.conv.weight"]
+        m, count = 3, weight.shape[1]
+        logits = x.mean((2, 3)) @ state[f"{name}.conv.routing_fc.weight"].T
+        logits = (logits + state[f"{name}.conv.routing_fc.bias"]).reshape(-1, m, count)
+        filters = (2 / (1 + np.exp(-logits)) / count) @ weight.T
+        filters = filters.reshape(len(x), m, -1, x.shape[1])
+        step = mask.shape[1] // x.shape[2]
+        mask = mask[:, ::step, ::step]
+        return np.stack(
+            [
+                np.einsum("ohwc,chw->ohw", np.moveaxis(filters[b][mask[b]], 2, 0), x[b])
+                for b in range(len(x))
+            ]
+        )
+
+    x = np.maximum(norm("conv_first", convolve("conv_first", x, 2)), 0)
+    padded = np.pad(x, ((0, 0), (0, 0), (1, 1), (1, 1)), constant_values=-np.inf)
+    size = x.shape[2]
+    taps = [padded[:, :, i : i + size : 2, j : j + size : 2] for i in range(3) for j in range(3)]
+    x = np.max(taps, axis=0)
+    for stage, count in enumerate((2, 3, 1), start=1):
+        for block in range(1, count + 1):
+            name = f"stage{stage}_block{block}"
+            strides = 2 if block == 1 else 1
+            if strides == 2:
+                left = norm(f"{name}.conva_left", convolve(f"{name}.conva_left", x, 2, x.shape[1]))
+                left = np.maximum(
+                    norm(f"{name}.convb_left", convolve(f"{name}.convb_left", left, 1)), 0
+                )
+            else:
+                left, x = x[:, ::2], x[:, 1::2]
+            guide = np.einsum("bchw,mc->bmhw", x, state[f"{name}.masknet.weight"][:, :, 0, 0])
+            mask = guide.argmax(axis=1)
+            y = by_region(f"{name}.conva_right", x, mask)
+            y = np.maximum(norm(f"{name}.conva_right", y), 0)
+            y = norm(f"{name}.convb_right", convolve(f"{name}.convb_right", y, strides, y.shape[1]))
+            y = by_region(f"{name}.convc_right", y, mask)
+            y = np.maximum(norm(f"{name}.convc_right", y), 0)
+            x = np.concatenate([left, y], axis=1)
+    x = np.maximum(norm("conv_last", convolve("conv_last", x, 1)), 0).mean((2, 3))
+    return x @ state["classifier.weight"].T + state["classifier.bias"]
+
+
+def released_state(channels, rng):
+    """A state dict of that network, by the shapes of its code."""
+    state = {}
+
+    def conv_norm(name, shape, bias=False):
+        state[f"{name}.conv.weight"] = rng.normal(size=shape) / np.sqrt(np.prod(shape[1:]))
+        if bias:
+            state[f"{name}.conv.bias"] = rng.normal(size=shape[0])
+        norm(name, shape[0])
+
+    def norm(name, count):
+        for part in ("weight", "bias", "running_mean"):
+            state[f"{name}.bn.{part}"] = rng.normal(size=count)
+        state[f"{name}.bn.running_var"] = rng.uniform(0.5, 2, count)
+        state[f"{name}.bn.num_batches_tracked"] = np.array(3)
+
+    def dynamic(name, inputs, outputs):
+        state[f"{name}.conv.weight"] = rng.normal(size=(outputs * inputs, 2)) / np.sqrt(inputs)
+        state[f"{name}.conv.routing_fc.weight"] = rng.normal(size=(3 * 2, inputs))
+        state[f"{name}.conv.routing_fc.bias"] = rng.normal(size=3 * 2)
+        norm(name, outputs)
+
+    stem, *stages, last = channels
+    conv_norm("conv_first", (stem, 3, 3, 3), bias=True)
+    before = stem
+    for stage, (outputs, count) in enumerate(zip(stages, (2, 3, 1), strict=True), start=1):
+        for block in range(1, count + 1):
+            name = f"stage{stage}_block{block}"
+            inputs = before if block == 1 else outputs // 2
+            if block == 1:
+                conv_norm(f"{name}.conva_left", (inputs, 1, 3, 3))
+                conv_norm(f"{name}.convb_left", (inputs, inputs, 1, 1))
+            state[f"{name}.masknet.weight"] = rng.normal(size=(3, inputs, 1, 1))
+            dynamic(f"{name}.conva_right", inputs, outputs // 2)
+            conv_norm(f"{name}.convb_right", (outputs // 2, 1, 3, 3))
+            dynamic(f"{name}.convc_right", outputs // 2, outputs - inputs)
+        before = outputs
+    conv_norm("conv_last", (last, before, 1, 1), bias=True)
+    state["classifier.weight"] = rng.normal(size=(5, last)) / np.sqrt(last)
+    state["classifier.bias"] = rng.normal(size=5)
+    return {name: np.asarray(value, np.float32) for name, value in state.items()}
+
+
+# In the second, main branches make more channels than shortcuts keep, as from 24 to 116.
+@pytest.mark.parametrize("channels", [(8, 16, 32, 64, 40), (4, 20, 44, 88, 24)])
+def test_the_released_network(channels):
+    rng = np.random.default_rng(0)
+    state = released_state(channels, rng)
+    model = ShuffleNetV2(
+        5,
+        channels=channels,
+        blocks=(2, 3, 1),
+        conv=functools.partial(DRConv, regions=3, filter_generator="experts", experts=2),
+        guide_regions=3,
+        layout="megvii",
+    )
+    x = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
+    variables = import_torch(model, state)
+    y = jax.jit(model.apply)(variables, x)
+    assert_close(y, released_network(state, np.moveaxis(x, -1, 1)))
+    del state["stage1_block1.masknet.weight"]
+    with pytest.raises(ValueError, match="missing: stage1_block1.masknet.weight"):
+        import_torch(model, state)
+
+
+def test_the_released_network_has_the_released_generator():
+    conv = functools.partial(DRConv, filter_generator="pooled")
+    model = ShuffleNetV2(width=0.5, conv=conv, guide_regions=8, layout="megvii")
+    with pytest.raises(ValueError, match='filter_generator must be "experts", .* got "pooled"'):
+        import_torch(model, {})
+
+
+def test_an_unknown_layout():
+    with pytest.raises(ValueError, match='layout must be "paper" or "megvii", got \'timm\''):
+        ShuffleNetV2(layout="timm").init(KEY, jnp.zeros((1, 32, 32, 3)))
+
+
 def test_a_network_with_drconv_has_no_public_weights():
     model = ShuffleNetV2(width=0.5, conv=functools.partial(DRConv, regions=2))
     with pytest.raises(ValueError, match="ShuffleNetV2 must be plain for its public weights"):

@@ -68,30 +68,16 @@ def _drconv_pooled(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) -> 
 
 def _drconv_experts(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) -> list[Entry]:
     """megvii-research/DRConv, class DRConv."""
-    m, count, kernel = hyper.regions, hyper.experts, hyper.kernel
+    m, count = hyper.regions, hyper.experts
     channels = _channels(arrays, "routing_fc.weight", axis=1)
     per_group = channels // hyper.feature_group_count
-    filter_size = hyper.features * per_group * int(np.prod(kernel))
-
-    def bank(w: np.ndarray) -> np.ndarray:
-        return np.moveaxis(
-            w.reshape(hyper.features, per_group, *kernel, count), (-1, 0, 1), (0, -1, -2)
-        )
-
+    shapes = {
+        "mixing_kernel": (channels, m, count),
+        "mixing_bias": (m, count),
+        "bank_kernel": (count, *hyper.kernel, per_group, hyper.features),
+    }
     entries = [
-        Entry(
-            ("params", "filters", "mixing_kernel"),
-            "routing_fc.weight",
-            (m * count, channels),
-            lambda w: w.reshape(m, count, channels).transpose(2, 0, 1),
-        ),
-        Entry(
-            ("params", "filters", "mixing_bias"),
-            "routing_fc.bias",
-            (m * count,),
-            lambda b: b.reshape(m, count),
-        ),
-        Entry(("params", "filters", "bank_kernel"), "weight", (filter_size, count), bank),
+        entry_of_experts(("params", "filters", name), "", shape) for name, shape in shapes.items()
     ]
     if hyper.use_bias:
         entries.append(_vector(("params", "bias"), "bias", hyper.features))
@@ -106,6 +92,35 @@ def _drconv_experts(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) ->
             ),
         ]
     return entries
+
+
+def entry_of_experts(path: tuple[str, ...], prefix: str, shape: tuple[int, ...]) -> Entry:
+    """A parameter of the filter generator of megvii-research/DRConv.
+
+    Args:
+      path: its own; the last part is its name.
+      prefix: before the PyTorch name.
+      shape: its own.
+    """
+    if path[-1] == "mixing_kernel":
+        channels, m, count = shape
+        return Entry(
+            path,
+            f"{prefix}routing_fc.weight",
+            (m * count, channels),
+            lambda w: w.reshape(m, count, channels).transpose(2, 0, 1),
+        )
+    if path[-1] == "mixing_bias":
+        m, count = shape
+        return Entry(path, f"{prefix}routing_fc.bias", (m * count,), lambda b: b.reshape(m, count))
+    count, *kernel, per_group, features = shape
+
+    def bank(w: np.ndarray) -> np.ndarray:
+        w = w.reshape(features, per_group, *kernel, count)
+        return np.moveaxis(w, (-1, 0, 1), (0, -1, -2))
+
+    size = features * per_group * int(np.prod(kernel))
+    return Entry(path, f"{prefix}weight", (size, count), bank)
 
 
 def _convolution(path: str, name: str, shape: tuple[int, ...]) -> Entry:

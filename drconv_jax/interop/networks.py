@@ -1,4 +1,4 @@
-"""Names of whole networks in torchvision, timm and InsightFace.
+"""Names of whole networks in torchvision, timm, InsightFace and megvii-research/DRConv.
 
 A network's table yields its layers: the path of the Flax module and the prefix of the PyTorch one.
 What arrays a layer has, and in which shapes, follows from the Flax network.
@@ -15,6 +15,7 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
+from drconv_jax.interop.drconv import entry_of_experts
 from drconv_jax.interop.entries import Entry, oihw_to_hwio
 from drconv_jax.models import MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
 from drconv_jax.models.mobilenet_v1 import STAGES as STAGES_V1
@@ -24,17 +25,23 @@ Layers = Iterator[tuple[str, str]]  # "block/layer" in Flax, "prefix" in PyTorch
 
 
 def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> list[Entry]:
-    """What a plain network needs of a state dict.
+    """What a network needs of a state dict.
 
     Raises:
       ValueError: the network has a layer that its public counterpart has not, such as a DRConv.
     """
     table, stem, size_for = next(t for kind, t in NETWORKS.items() if isinstance(model, kind))
+    if released := getattr(model, "layout", None) == "megvii":
+        table, stem = _dr_shufflenet_v2, "conv_first.conv.weight"
     channels = arrays[stem].shape[1] if stem in arrays and arrays[stem].ndim == 4 else 3
     size = size_for(arrays)
     x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
     variables = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x))
     prefixes = {tuple(path.split("/")): prefix for path, prefix in table(model)}
+    if released and any(path[-1] == "bank_bias" for path in variables):
+        raise ValueError(
+            'filter_generator must be "experts", as in the code the weights are from, got "pooled".'
+        )
     strangers = sorted({"/".join(path[1:-1]) for path in variables if path[1:-1] not in prefixes})
     if strangers:
         raise ValueError(
@@ -46,6 +53,8 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
 
 
 def _entry(path: tuple[str, ...], prefix: str, shape: tuple[int, ...]) -> Entry:
+    if path[-2] == "filters":
+        return entry_of_experts(path, f"{prefix}.", shape)
     suffix = _SUFFIXES[path[-1]]
     if path[-1] != "kernel":
         return Entry(path, f"{prefix}.{suffix}", shape, lambda values: values)
@@ -77,6 +86,24 @@ def _shufflenet_v2(model: ShuffleNetV2) -> Layers:
                 for i, name in enumerate(("depthwise", "depthwise_norm", "conv", "norm")):
                     yield f"{ours}/shortcut_{name}", f"{theirs}.branch1.{i}"
     yield from (("head_conv", "conv5.0"), ("head_norm", "conv5.1"), ("classifier", "fc"))
+
+
+def _dr_shufflenet_v2(model: ShuffleNetV2) -> Layers:
+    """megvii-research/DRConv, ShuffleNetV2_pytorch.py."""
+    parts = {"conv1": "conva_right", "depthwise": "convb_right", "conv2": "convc_right"}
+    shortcut = {"shortcut_depthwise": "conva_left", "shortcut_conv": "convb_left"}
+    norms = {"conv1": "norm1", "conv2": "norm2", "shortcut_conv": "shortcut_norm"}
+    for end, theirs in (("stem", "conv_first"), ("head", "conv_last")):
+        yield from ((f"{end}_conv", f"{theirs}.conv"), (f"{end}_norm", f"{theirs}.bn"))
+    yield "classifier", "classifier"
+    for stage, count in enumerate(model.blocks, start=1):
+        for block in range(count):
+            ours, theirs = f"stage{stage + 1}_block{block}", f"stage{stage}_block{block + 1}"
+            yield f"{ours}/guide", f"{theirs}.masknet"
+            for name, part in (parts | (shortcut if block == 0 else {})).items():
+                dynamic = "/filters" if name in ("conv1", "conv2") else ""
+                yield f"{ours}/{name}{dynamic}", f"{theirs}.{part}.conv"
+                yield f"{ours}/{norms.get(name, f'{name}_norm')}", f"{theirs}.{part}.bn"
 
 
 def _mobilenet_v2(model: MobileNetV2) -> Layers:

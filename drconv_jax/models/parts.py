@@ -32,10 +32,11 @@ def conv(
     make: ConvFactory = nn.Conv,
     kernel: int = 1,
     strides: int = 1,
+    use_bias: bool = False,
     dtype: Dtype | None = None,
     guide: Float[Array, "batch guide_height guide_width regions"] | None = None,
 ) -> Float[Array, "batch out_height out_width features"]:
-    """A convolution without bias, zero-padded by half of its kernel on every side.
+    """A convolution, zero-padded by half of its kernel on every side.
 
     Args:
       x: its input.
@@ -43,6 +44,7 @@ def conv(
       name: of the module.
       make: the module.
       kernel, strides: in both dimensions.
+      use_bias: whether it has a bias.
       dtype: of the computation.
       guide: given to the module besides x, if any.
     """
@@ -51,7 +53,7 @@ def conv(
         (kernel, kernel),
         strides,
         padding=kernel // 2,
-        use_bias=False,
+        use_bias=use_bias,
         dtype=dtype,
         name=name,
     )

@@ -6,7 +6,9 @@ What DRConv replaces are 1x1 convolutions of a block's main branch: the last one
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -32,6 +34,13 @@ _CHANNELS = {
 }
 
 
+Layout = Literal["paper", "megvii"]
+"""Where channels lie: "paper" shuffles them behind every block, whose branches have half of them
+each, as in the paper and torchvision; "megvii" deals them out before every basic block, and the
+shortcut of a downsampling block keeps its channels, the main branch making the others, as in
+Megvii's code, whose stem and head have biases besides."""
+
+
 def channel_shuffle(x: Float[Array, "... channels"], groups: int) -> Float[Array, "... channels"]:
     """Interleaves the channels of `groups` groups (Section 2 of the ShuffleNetV2 paper)."""
     shape = x.shape
@@ -49,6 +58,7 @@ class Block(nn.Module):
       placement: "all" (both), or "last".
       guide_regions: regions of a guide that the block makes of the branch's input and gives to
         those convolutions, as the released DRConv code does; None leaves the guide to each.
+      layout: see `Layout`.
       dtype: of the computation.
     """
 
@@ -57,6 +67,7 @@ class Block(nn.Module):
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
     guide_regions: int | None = None
+    layout: Layout = "paper"
     dtype: Dtype | None = None
 
     @nn.compact
@@ -64,13 +75,15 @@ class Block(nn.Module):
         self, x: Float[Array, "batch height width in"], *, train: bool = False
     ) -> Float[Array, "batch out_height out_width features"]:
         """Applies the block."""
-        half, dtype = self.features // 2, self.dtype
+        dtype, megvii = self.dtype, self.layout == "megvii"
+        half = kept = self.features // 2
         if self.strides == 1:
-            shortcut, x = jnp.split(x, 2, axis=-1)
+            shortcut, x = (x[..., ::2], x[..., 1::2]) if megvii else jnp.split(x, 2, axis=-1)
         else:
+            kept = x.shape[-1] if megvii else half
             shortcut = depthwise_conv(x, "shortcut_depthwise", strides=self.strides, dtype=dtype)
             shortcut = norm(shortcut, "shortcut_depthwise_norm", train=train, dtype=dtype)
-            shortcut = conv(shortcut, half, "shortcut_conv", dtype=dtype)
+            shortcut = conv(shortcut, kept, "shortcut_conv", dtype=dtype)
             shortcut = nn.relu(norm(shortcut, "shortcut_norm", train=train, dtype=dtype))
 
         first, last = block_convs(x, self.conv, self.placement, self.guide_regions, dtype)
@@ -78,9 +91,10 @@ class Block(nn.Module):
         x = nn.relu(norm(x, "norm1", train=train, dtype=dtype))
         x = depthwise_conv(x, "depthwise", strides=self.strides, dtype=dtype)
         x = norm(x, "depthwise_norm", train=train, dtype=dtype)
-        x = last(x, half, "conv2")
+        x = last(x, self.features - kept, "conv2")
         x = nn.relu(norm(x, "norm2", train=train, dtype=dtype))
-        return channel_shuffle(jnp.concatenate([shortcut, x], axis=-1), 2)
+        x = jnp.concatenate([shortcut, x], axis=-1)
+        return x if megvii else channel_shuffle(x, 2)
 
 
 class ShuffleNetV2(nn.Module):
@@ -108,6 +122,7 @@ class ShuffleNetV2(nn.Module):
       placement, guide_regions: see `Block`.
       stem_strides: strides of the first convolution and of the max pooling behind it; (1, 1) keeps
         small images large, and pooling with strides 1 is left out.
+      layout: "paper", or "megvii" for the weights of Megvii's code; see `Layout`.
       dtype: of the computation.
     """
 
@@ -119,6 +134,7 @@ class ShuffleNetV2(nn.Module):
     placement: Placement = "all"
     guide_regions: int | None = None
     stem_strides: tuple[int, int] = (2, 2)
+    layout: Layout = "paper"
     dtype: Dtype | None = None
 
     @nn.compact
@@ -139,7 +155,10 @@ class ShuffleNetV2(nn.Module):
         """
         stem, *stages, last = _channels(self.width, self.channels)
         strides, pool_strides = self.stem_strides
-        x = conv(x, stem, "stem_conv", kernel=3, strides=strides, dtype=self.dtype)
+        if self.layout not in ("paper", "megvii"):
+            raise ValueError(f'layout must be "paper" or "megvii", got {self.layout!r}.')
+        plainly = functools.partial(conv, use_bias=self.layout == "megvii", dtype=self.dtype)
+        x = plainly(x, stem, "stem_conv", kernel=3, strides=strides)
         x = nn.relu(norm(x, "stem_norm", train=train, dtype=self.dtype))
         stride, maps = strides, {strides: x}
         if pool_strides > 1:
@@ -154,6 +173,7 @@ class ShuffleNetV2(nn.Module):
                     conv=self.conv,
                     placement=self.placement,
                     guide_regions=self.guide_regions,
+                    layout=self.layout,
                     dtype=self.dtype,
                     name=f"stage{stage}_block{block}",
                 )(x, train=train)
@@ -161,7 +181,7 @@ class ShuffleNetV2(nn.Module):
             maps[stride] = x
         if features:
             return maps
-        x = conv(x, last, "head_conv", dtype=self.dtype)
+        x = plainly(x, last, "head_conv")
         x = nn.relu(norm(x, "head_norm", train=train, dtype=self.dtype))
         x = x.mean(axis=(1, 2))
         if self.num_classes is None:
