@@ -38,7 +38,7 @@ class Arguments:
     """Which networks."""
     seeds: int = 3
     """Runs of each, with seeds 0, 1, ..."""
-    epochs: int = 3
+    epochs: int = 5
     """Of each run."""
     jobs: int | None = None
     """Runs at a time; default: one on every core."""

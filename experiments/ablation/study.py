@@ -12,7 +12,7 @@ from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.recipes import Recipe
 
 # ShuffleNetV2 for 32 x 32 images, narrow enough to train in minutes on one core.
-_CHANNELS = (8, 16, 32, 64, 256)
+_CHANNELS = (4, 8, 16, 32, 128)
 _NETWORK: dict[str, Any] = {
     "name": "shufflenet_v2_x0_5",
     "channels": _CHANNELS,
@@ -20,7 +20,7 @@ _NETWORK: dict[str, Any] = {
     "stem_strides": (1, 1),
 }
 _RECIPE = Recipe(
-    epochs=3,
+    epochs=5,
     batch_size=128,
     learning_rate=0.2,
     warmup_epochs=0.5,
@@ -53,7 +53,7 @@ def _dr(title: str, **options: Any) -> Case:
 CASES: Mapping[str, Case] = {
     "plain": _plain("nn.Conv"),
     "dr": _dr("DRConv, m = 8"),
-    "wide": _plain("nn.Conv, as many multiply-adds", channels=(10, 20, 38, 78, 314)),
+    "wide": _plain("nn.Conv, as many multiply-adds", channels=(5, 10, 22, 42, 160)),
     "m1": _plain("m = 1", conv="dynamic"),
     "m2": _dr("m = 2", regions=2),
     "m4": _dr("m = 4", regions=4),
