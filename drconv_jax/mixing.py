@@ -58,8 +58,9 @@ def mix(
 
 def _mix(weights: Array, bank: Array, bias: Array, *, precision: Any) -> Array:
     wide = accumulator(weights.dtype)
+    # XLA's CPU backend cannot do every product of bfloat16 with a wider result.
     filters = jnp.einsum(
-        "btrn,rnf->brtf", weights, bank, precision=precision, preferred_element_type=wide
+        "btrn,rnf->brtf", weights.astype(wide), bank.astype(wide), precision=precision
     )
     return (filters + bias.astype(wide)[None, :, None]).astype(weights.dtype)
 

@@ -1,6 +1,7 @@
 import dataclasses
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -38,13 +39,14 @@ TINY = [
 ]
 
 
-def command(*arguments):
+def command(*arguments, env=None):
     return subprocess.run(
         [sys.executable, "-m", "experiments.classification", *map(str, arguments)],
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
+        env={**os.environ, **(env or {})},
     )
 
 
@@ -61,14 +63,14 @@ def tree(tmp_path):
     return tmp_path / "images"
 
 
-def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path):
+def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path, env):
     (tree / "train" / "cat" / "0.png").write_bytes(b"not an image")
     archive = tmp_path / "images.zip"
     with zipfile.ZipFile(archive, "w") as target:
         for path in tree.rglob("*.png"):
             target.write(path, path.relative_to(tmp_path))
     run = tmp_path / "run"
-    result = command("--data", f"folder:{archive}", "--run-dir", run, *TINY)
+    result = command("--data", f"folder:{archive}", "--run-dir", run, *TINY, env=env)
     assert result.returncode == 0, result.stderr
     assert "images/train/cat/0.png" in result.stderr
     report = json.loads((run / "report.json").read_text())
@@ -78,20 +80,20 @@ def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1] and rows[0]["step"] == 11 // 4
 
-    again = command("--data", f"folder:{archive}", "--run-dir", run, *TINY)
+    again = command("--data", f"folder:{archive}", "--run-dir", run, *TINY, env=env)
     assert again.returncode == 2 and "holds a run already" in again.stderr
 
     config = json.loads((run / "config.json").read_text())
     config["train"]["epochs"] = 2
     (run / "config.json").write_text(json.dumps(config))
-    resumed = command("--resume", run)
+    resumed = command("--resume", run, env=env)
     assert resumed.returncode == 0, resumed.stderr
     resumed_rows = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(resumed_rows[0]) == rows[0] and len(resumed_rows) == 2
 
     config["model"]["regions"] = 3
     (run / "config.json").write_text(json.dumps(config))
-    other = command("--resume", run)
+    other = command("--resume", run, env=env)
     assert other.returncode == 2 and "is of another model" in other.stderr
 
 

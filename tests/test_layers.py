@@ -1,5 +1,3 @@
-import functools
-
 import chex
 import jax
 import jax.numpy as jnp
@@ -128,46 +126,6 @@ def test_bad_calls():
     given = drconv_jax.nnx.DRConv(4, 6, own_guide=False, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="own_guide=False"):
         given(X)
-
-
-@pytest.mark.parametrize("guide_regions", [None, 4])
-def test_shufflenet_learns_fixed_data_with_drconv(guide_regions):
-    model = ShuffleNetV2(
-        num_classes=3,
-        width=0.5,
-        blocks=(1, 1, 1),
-        stem_strides=(2, 1),
-        conv=functools.partial(DRConv, regions=4),
-        guide_regions=guide_regions,
-    )
-    images = jax.random.normal(KEY, (12, 16, 16, 3))
-    labels = jnp.arange(12) % 3
-    variables = model.init(KEY, images)
-    guides = [
-        path
-        for path, _ in jax.tree_util.tree_leaves_with_path(variables["params"])
-        if path[-2].key == "guide" and path[-1].key == "kernel"
-    ]
-    assert len(guides) == (6 if guide_regions is None else 3)
-
-    @jax.jit
-    def step(variables):
-        def loss_of(params):
-            logits, updates = model.apply(
-                {**variables, "params": params}, images, train=True, mutable=["batch_stats"]
-            )
-            hot = jax.nn.one_hot(labels, 3)
-            return -(hot * jax.nn.log_softmax(logits)).sum(-1).mean(), updates
-
-        (loss, updates), gradient = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, variables["params"], gradient)
-        return {"params": params, **updates}, loss
-
-    losses = []
-    for _ in range(15):
-        variables, loss = step(variables)
-        losses.append(float(loss))
-    assert losses[-1] < 0.5 * losses[0]
 
 
 def test_bad_width():

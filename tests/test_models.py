@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,8 @@ from drconv_jax.models import (
     ShuffleNetV2,
     create_model,
     list_models,
+    mobilenet_v1,
+    mobilenet_v2,
 )
 
 DR = functools.partial(DRConv, regions=3)
@@ -43,6 +46,8 @@ def test_every_name_builds(name):
     paths = {"/".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(variables)}
     assert name.startswith("dr_") == any("mixing_kernel" in path for path in paths)
     assert name.startswith("dr_") == any("guide/kernel" in path for path in paths)
+    if not re.search("x0_5|x1_0|face", name):  # strides are those of any width
+        return
     maps = jax.eval_shape(functools.partial(model.apply, features=True), variables, x)
     assert list(maps) == STRIDES.get(
         name.removeprefix("dr_").removesuffix("_all"), [2, 4, 8, 16, 32]
@@ -80,7 +85,9 @@ def over_eight_devices(*arrays):
 
 @pytest.mark.parametrize("network", TINY)
 @pytest.mark.parametrize("dynamic", [False, True], ids=["plain", "dr"])
-def test_trains_on_eight_devices(network, dynamic):
+def test_trains_on_eight_devices(network, dynamic, monkeypatch):
+    for family, stages in ((mobilenet_v1, 3), (mobilenet_v2, 4)):  # fewer are as good, and faster
+        monkeypatch.setattr(family, "STAGES", family.STAGES[:stages])
     model = TINY[network](**({"conv": DR, "guide_regions": 3} if dynamic else {}))
     x, labels = over_eight_devices(images(), jnp.arange(8) % 5)
     variables = jax.jit(model.init)(jax.random.key(1), images(1))
@@ -134,7 +141,7 @@ def test_bfloat16_computes_in_bfloat16_with_float32_weights(network):
 def test_bfloat16_is_near_float32():
     wide, narrow = (TINY["shufflenet_v2"](conv=DR, dtype=dtype) for dtype in (None, jnp.bfloat16))
     variables = jax.jit(wide.init)(jax.random.key(2), images(2))
-    expected = wide.apply(variables, images(2))
+    expected = jax.jit(wide.apply)(variables, images(2))
     with jax.numpy_dtype_promotion("standard"):
         y = jax.jit(narrow.apply)(variables, images(2))
     scale = np.abs(expected).max()

@@ -62,7 +62,7 @@ def test_a_run_of_tiny_cases(tmp_path):
     [
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--select", "nothing"], 'no case of the suite "mark" contains "nothing"'),
-        (["--implementation", "magic"], "one of reference, blocked, cpu"),
+        (["--implementation", "magic"], "one of reference, select, blocked, cpu"),
         (["--suite", "huge"], "--suite"),
     ],
 )

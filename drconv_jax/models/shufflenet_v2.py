@@ -107,33 +107,33 @@ class ShuffleNetV2(nn.Module):
       >>> from drconv_jax.models import ShuffleNetV2
       >>> model = ShuffleNetV2(width=0.5, num_classes=10, conv=functools.partial(DRConv, regions=8))
       >>> x = jnp.ones((1, 64, 64, 3))
-      >>> variables = model.init(jax.random.key(0), x)
-      >>> model.apply(variables, x).shape
+      >>> logits, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+      >>> logits.shape
       (1, 10)
 
     Attributes:
       num_classes: outputs of the classifier; None leaves it out and returns the pooled features.
       width: width multiplier; 0.5, 1, 1.5 and 2 have the paper's channels, others scale those of 1
         (in multiples of 4).
-      channels: of the stem, of stages 2, 3 and 4 (even) and of the last convolution; None takes
-        those of `width`.
       blocks: blocks in stages 2, 3 and 4.
       conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
       placement, guide_regions: see `Block`.
       stem_strides: strides of the first convolution and of the max pooling behind it; (1, 1) keeps
         small images large, and pooling with strides 1 is left out.
+      channels: of the stem, of stages 2, 3 and 4 (even) and of the last convolution; None takes
+        those of `width`.
       layout: "paper", or "megvii" for the weights of Megvii's code; see `Layout`.
       dtype: of the computation.
     """
 
     num_classes: int | None = 1000
     width: float = 1.0
-    channels: Sequence[int] | None = None
     blocks: Sequence[int] = (4, 8, 4)
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
     guide_regions: int | None = None
     stem_strides: tuple[int, int] = (2, 2)
+    channels: Sequence[int] | None = None
     layout: Layout = "paper"
     dtype: Dtype | None = None
 

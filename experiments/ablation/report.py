@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -52,9 +53,15 @@ def _row(runs: Sequence[Run], name: str) -> str:
     mean = statistics.mean(values)
     spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
     gain = f"{mean - statistics.mean(plain):+.2f}" if plain and name != "plain" else ""
-    model = study.CASES[name].model.build(_CLASSES)
+    multiply_adds, parameters = _cost(name)
     return (
         f"| {study.CASES[name].title} | {mean:.2f}{spread} | {gain} | {len(values)} | "
-        f"{cost.multiply_adds(model, _IMAGE).total / 1e6:.2f} M | "
-        f"{cost.parameters(model, _IMAGE).total / 1e3:,.0f} k |\n"
+        f"{multiply_adds / 1e6:.2f} M | {parameters / 1e3:,.0f} k |\n"
     )
+
+
+@functools.cache
+def _cost(name: str) -> tuple[int, int]:
+    """Multiply-adds and parameters of a case's network."""
+    model = study.CASES[name].model.build(_CLASSES)
+    return cost.multiply_adds(model, _IMAGE).total, cost.parameters(model, _IMAGE).total

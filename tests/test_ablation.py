@@ -1,0 +1,144 @@
+import functools
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tyro
+
+from drconv_jax import DRConv, cost
+from experiments.ablation import __main__ as ablation
+from experiments.ablation import report, study
+from experiments.ablation.results import Results
+from experiments.classification import guides
+from experiments.classification.__main__ import PRESETS, Arguments
+from experiments.runtime import configs
+from experiments.runtime.errors import UserError
+
+KEY = jax.random.key(0)
+
+
+@pytest.mark.parametrize("name", study.CASES)
+def test_a_cases_command_is_its_config(name):
+    config = study.config_of(name, 3, "folder:x", 7)
+    options = configs.arguments(config, PRESETS["small"])
+    assert tyro.cli(Arguments, args=options, default=Arguments()).config == config
+
+
+@pytest.mark.parametrize("name", ["dr", "grid", "random", "straight-through", "local", "m1"])
+def test_cases_build(name):
+    model = study.CASES[name].model.build(10)
+    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    logits, _ = jax.eval_shape(model.init_with_output, KEY, x)
+    assert logits.shape == (2, 10)
+
+
+def test_the_wide_twin_has_drconvs_multiply_adds():
+    dr, wide = (
+        cost.multiply_adds(study.CASES[name].model.build(10), (1, 32, 32, 3)).total
+        for name in ("dr", "wide")
+    )
+    assert dr <= wide <= 1.02 * dr
+
+
+def test_the_claim_comes_first():
+    order = study.order(("m2", "dr", "plain"), 2)
+    assert order == [("dr", 0), ("plain", 0), ("dr", 1), ("plain", 1), ("m2", 0), ("m2", 1)]
+
+
+def test_a_grid():
+    index = np.asarray(guides.grid_guide(4, 8, 8).argmax(-1))
+    expected = np.arange(8).reshape(2, 4).repeat(2, axis=0).repeat(2, axis=1)
+    np.testing.assert_array_equal(index, expected)
+    assert np.unique(guides.grid_guide(9, 7, 3).argmax(-1)).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["grid", "random"])
+def test_fixed_regions_are_those_of_every_sample(kind):
+    layer = guides.Guided(5, (3, 3), 2, padding=1, kind=kind, regions=4)
+    x = jax.random.normal(KEY, (2, 9, 8, 3))
+    y, variables = layer.init_with_output(KEY, x)
+    assert y.shape == (2, 5, 4, 5) and set(variables["params"]["conv"]) == {"filters", "bias"}
+    _, sown = layer.apply(variables, x, mutable="intermediates")
+    index = sown["intermediates"]["conv"]["region_index"][0]
+    np.testing.assert_array_equal(index[0], index[1])
+    assert len(np.unique(index)) == 4
+
+
+def test_the_straight_through_gradient():
+    """Every region's score but for their mean, which moves all guide features alike."""
+    m, features = 3, 5
+    guide = jax.random.normal(KEY, (2, 4, 4, m))
+    layer = DRConv(features, (1, 1), regions=m, implementation="blocked")
+    x = jax.random.normal(jax.random.key(1), (2, 4, 4, 6))
+    variables = layer.init(KEY, x, guide)
+    # Regions' filters are alike at first.
+    variables["params"]["filters"]["mixing_bias"] += jax.random.normal(
+        KEY, variables["params"]["filters"]["mixing_bias"].shape
+    )
+    dy = jax.random.normal(jax.random.key(2), (2, 4, 4, features))
+    y, vjp = jax.vjp(lambda g: layer.apply(variables, x, guides.straight_through(g)), guide)
+    np.testing.assert_allclose(y, layer.apply(variables, x, guide), rtol=1e-6)
+    everywhere = [  # the output where all positions are in one region
+        layer.apply(variables, x, jnp.zeros_like(guide).at[..., j].set(1.0)) for j in range(m)
+    ]
+    scores = jnp.stack([(dy * y).sum(-1) for y in everywhere], axis=-1)
+    expected = scores - scores.mean(-1, keepdims=True)
+    np.testing.assert_allclose(vjp(dy)[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def faked(monkeypatch, tmp_path):
+    """Runs that leave a report at once; gives the list of those that were done."""
+    done = []
+
+    def start(run, cores, runs):
+        folder = runs / f"{run.case}-{run.seed}"
+        folder.mkdir(parents=True)
+        accuracy = 0.5 + 0.1 * run.seed
+        (folder / "report.json").write_text(json.dumps({"test_accuracy": accuracy}))
+        done.append((run.case, run.seed))
+        status = 1 if run.case == "m16" else 0
+        process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+        return ablation._Job(run, process, folder, cores)
+
+    monkeypatch.setattr(ablation, "_start", start)
+    arguments = functools.partial(
+        ablation.Arguments, "folder:x", runs=tmp_path / "runs", out=tmp_path / "out"
+    )
+    return done, arguments
+
+
+def test_finished_runs_are_skipped(faked, tmp_path):
+    done, arguments = faked
+    ablation._run_all(arguments(cases=("plain", "dr"), seeds=2), Results(tmp_path / "out"))
+    assert sorted(done) == [("dr", 0), ("dr", 1), ("plain", 0), ("plain", 1)]
+    results = Results(tmp_path / "out")
+    assert "| nn.Conv | 55.00 ± 7.07 |  | 2 |" in report.text(results.runs)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "accuracy.png",
+        "results.json",
+        "results.md",
+    }
+    done.clear()
+    ablation._run_all(arguments(cases=("plain", "m2"), seeds=2), results)
+    assert sorted(done) == [("m2", 0), ("m2", 1)]
+    with pytest.raises(UserError, match="has plain with seed 0 done by other options"):
+        ablation._run_all(arguments(cases=("plain",), epochs=9), Results(tmp_path / "out"))
+
+
+def test_a_run_that_fails_stops_the_study(faked, tmp_path):
+    _, arguments = faked
+    with pytest.raises(UserError, match="m16-0 ended with status 1; see"):
+        ablation._run_all(arguments(cases=("m16",), seeds=1, jobs=1), Results(tmp_path / "out"))
+
+
+def test_results_of_something_else(tmp_path):
+    (tmp_path / "results.json").write_text('[{"case": 1}]')
+    with pytest.raises(UserError, match="holds no results of this command"):
+        Results(tmp_path)
+    with pytest.raises(UserError, match='--cases must be among plain, .* got "m3"'):
+        ablation.Arguments("folder:x", cases=("m3",))
