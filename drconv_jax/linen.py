@@ -43,8 +43,9 @@ class DRConv(nn.Module):
       use_bias: whether to add a bias per feature, shared by all regions.
       guide_kernel_size: taps of the guide convolution. None is the layer's own kernel size, as in
         the paper, and 1 with the generator "experts", as in the released code.
-      filter_generator: "mixture", which moves as far as `nn.Conv` at the same learning rate; "pooled",
-        the paper's (Section 3.3); or "experts", the released code's. See `drconv_jax.filters`.
+      filter_generator: "mixture", which moves as far as `nn.Conv` at the same learning rate;
+        "pooled", the paper's (Section 3.3); or "experts", the released code's. See
+        `drconv_jax.filters`.
       experts: number of filter banks that the generators "mixture" and "experts" mix.
       dtype: of the computation; None infers it from input and parameters. Whatever it is, products
         accumulate in float32 and the guide's argmax and softmax and the generator's sigmoid are in
