@@ -30,8 +30,8 @@ def test_nearest_resize_reads_the_floor():
 
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("regions", [1, 2, 8, 16])
-@pytest.mark.parametrize("channels", [16, 64, 256])
+@pytest.mark.parametrize("regions", [1, 8])
+@pytest.mark.parametrize("channels", [16, 256])
 def test_new_layer_has_the_variance_of_a_new_convolution(generator, kernel, regions, channels):
     size = (kernel, kernel)
     layer = DRConv(64, size, regions=regions, filter_generator=generator, implementation="blocked")
