@@ -41,7 +41,7 @@ def assert_close(ours, args, cotangent, tolerance):
         assert (np.abs(np.asarray(a, np.float64) - b) <= tolerance * magnitude).all()
 
 
-@few(24)
+@few(12)
 @given(
     batch=st.integers(1, 15),
     taps=st.sampled_from([1, 9]),

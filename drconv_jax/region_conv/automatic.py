@@ -44,7 +44,7 @@ def unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *a
     A native kernel is a custom call that only this package knows; an exported program must run
     without it. Both functions return the same shapes.
     """
-    return _unless("exported", inside, exported, *args)
+    return _unless("exported", inside, exported, inside, *args)
 
 
 def unless_partitioned(
@@ -55,20 +55,37 @@ def unless_partitioned(
     XLA cannot part a TPU kernel, nor be told how: it would gather the batch on every device. Within
     `shard_map` a program is parted already. Both functions return the same shapes.
     """
-    return _unless("partitioned", inside, partitioned, *args)
+    return _unless("partitioned", inside, partitioned, partitioned, *args)
 
 
 def _unless(
-    condition: str, inside: Callable[..., Any], otherwise: Callable[..., Any], *args: Array
+    condition: str,
+    inside: Callable[..., Any],
+    otherwise: Callable[..., Any],
+    shaped: Callable[..., Any],
+    *args: Array,
 ) -> Any:
-    shapes = jax.eval_shape(otherwise, *args)
-    results = _unless_p.bind(*args, condition=condition, inside=inside, otherwise=otherwise)
-    return jax.tree.unflatten(jax.tree.structure(shapes), results)
+    """`shaped` is the one of the two that is traced faster."""
+    leaves, tree = jax.tree.flatten(jax.eval_shape(shaped, *args))
+    results = _unless_p.bind(
+        *args,
+        condition=condition,
+        inside=inside,
+        otherwise=otherwise,
+        shapes=tuple(ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves),
+    )
+    return jax.tree.unflatten(tree, results)
 
 
 def _lower_unless(
-    ctx: mlir.LoweringRuleContext, *args: Any, condition: str, inside: Any, otherwise: Any
+    ctx: mlir.LoweringRuleContext,
+    *args: Any,
+    condition: str,
+    inside: Any,
+    otherwise: Any,
+    shapes: Any,
 ) -> Any:
+    del shapes
     module = ctx.module_context
     conditions = {
         "exported": module.lowering_parameters.for_export,
@@ -83,15 +100,6 @@ def _lower_unless(
 
 _unless_p = Primitive("unless")
 _unless_p.multiple_results = True
-_unless_p.def_impl(
-    lambda *args, condition, inside, otherwise: jax.tree.leaves(jax.jit(inside)(*args))
-)
-_unless_p.def_abstract_eval(
-    lambda *avals, condition, inside, otherwise: [
-        ShapedArray(leaf.shape, leaf.dtype)
-        for leaf in jax.tree.leaves(
-            jax.eval_shape(otherwise, *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in avals))
-        )
-    ]
-)
+_unless_p.def_impl(lambda *args, inside, **_: jax.tree.leaves(jax.jit(inside)(*args)))
+_unless_p.def_abstract_eval(lambda *avals, shapes, **_: list(shapes))
 mlir.register_lowering(_unless_p, _lower_unless)
