@@ -269,10 +269,11 @@ def test_the_released_network(channels):
         import_torch(model, state)
 
 
-def test_the_released_network_has_the_released_generator():
-    conv = functools.partial(DRConv, filter_generator="pooled")
+@pytest.mark.parametrize("generator", ["pooled", "mixture"])
+def test_the_released_network_has_the_released_generator(generator):
+    conv = functools.partial(DRConv, filter_generator=generator)
     model = ShuffleNetV2(width=0.5, conv=conv, guide_regions=8, layout="megvii")
-    with pytest.raises(ValueError, match='filter_generator must be "experts", .* got "pooled"'):
+    with pytest.raises(ValueError, match=f'must be "experts", .* got "{generator}"'):
         import_torch(model, {})
 
 

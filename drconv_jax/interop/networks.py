@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict
 
 from drconv_jax.interop.drconv import entry_of_experts
 from drconv_jax.interop.entries import Entry, oihw_to_hwio
+from drconv_jax.linen import DRConv
 from drconv_jax.models import MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
 from drconv_jax.models.mobilenet_v1 import STAGES as STAGES_V1
 from drconv_jax.models.mobilenet_v2 import STAGES as STAGES_V2
@@ -36,11 +38,21 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
     channels = arrays[stem].shape[1] if stem in arrays and arrays[stem].ndim == 4 else 3
     size = size_for(arrays)
     x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    variables = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x))
+    generators: set[str] = set()
+
+    def note(call: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
+        if isinstance(context.module, DRConv):
+            generators.add(context.module.filter_generator)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(note):
+        variables = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x))
     prefixes = {tuple(path.split("/")): prefix for path, prefix in table(model)}
-    if released and any(path[-1] == "bank_bias" for path in variables):
+    # "mixture" has parameters of the same shapes, and another scale.
+    if released and (others := generators - {"experts"}):
         raise ValueError(
-            'filter_generator must be "experts", as in the code the weights are from, got "pooled".'
+            'filter_generator must be "experts", as in the code the weights are from, got '
+            f'"{min(others)}".'
         )
     strangers = sorted({"/".join(path[1:-1]) for path in variables if path[1:-1] not in prefixes})
     if strangers:

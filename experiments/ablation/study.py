@@ -69,7 +69,7 @@ CASES: Mapping[str, Case] = {
     "local": _plain("locally connected (nn.ConvLocal)", conv="local"),
 }
 
-# Table by table: the title, and the cases with their titles there where these are other ones.
+# The cases of each table, by its title.
 TABLES: Mapping[str, tuple[str, ...]] = {
     "DRConv against its plain twin": ("plain", "dr", "wide"),
     "Number of regions": ("plain", "m1", "m2", "m4", "dr", "m16"),
