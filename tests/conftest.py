@@ -21,11 +21,20 @@ def no_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+@pytest.fixture
+def compiled_quickly():
+    """For networks: programs that are large and run a few times at most."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def env(tmp_path_factory):
     """The environment of processes that all compile the same programs."""
     return {
         "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled")),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

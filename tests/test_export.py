@@ -12,6 +12,8 @@ from jax import export
 from drconv_jax.export import export_model, load_exported
 from drconv_jax.models import ShuffleNetV2
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 LOAD = """
 import sys, jax, numpy as np
 from jax import export

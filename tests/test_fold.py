@@ -12,6 +12,8 @@ from drconv_jax import DRConv, depthwise
 from drconv_jax.fold import fold_batch_norm
 from drconv_jax.models import ShuffleNetV2, create_model
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (2, 9, 9, 4))
 norm = functools.partial(nn.BatchNorm, use_running_average=True)

@@ -12,6 +12,8 @@ from drconv_jax import DRConv
 from drconv_jax.interop import import_torch
 from drconv_jax.models import MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 KEY = jax.random.key(0)
 DATA = pathlib.Path(__file__).parent / "data"
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "parity"

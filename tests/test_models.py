@@ -21,6 +21,8 @@ from drconv_jax.models import (
     mobilenet_v2,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 DR = functools.partial(DRConv, regions=3)
 TINY = {
     "mobilenet_v1": functools.partial(MobileNetV1, num_classes=5, width=0.1),

@@ -14,7 +14,10 @@ from drconv_jax.onnx import export_onnx
 pytest.importorskip("jax2onnx", reason="no jax2onnx")
 onnxruntime = pytest.importorskip("onnxruntime", reason="no onnxruntime")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # other packages' own
+pytestmark = [
+    pytest.mark.usefixtures("compiled_quickly"),
+    pytest.mark.filterwarnings("ignore"),  # other packages' own
+]
 
 DR = functools.partial(DRConv, regions=3)
 NETWORKS = {

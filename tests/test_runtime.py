@@ -34,9 +34,11 @@ program = functools.cache(training.program)  # compiling takes most of the time
 
 @pytest.fixture(scope="module")
 def compiled_once():
+    jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "program", program)
         yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

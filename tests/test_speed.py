@@ -17,7 +17,7 @@ from experiments.runtime.errors import UserError
 from experiments.speed import cases, contenders, mark, results
 
 
-def command(*arguments):
+def command(*arguments, env=None):
     return subprocess.run(
         [sys.executable, "-m", "experiments.speed", *map(str, arguments)],
         capture_output=True,
@@ -25,13 +25,15 @@ def command(*arguments):
         timeout=300,
         check=False,
         cwd=pathlib.Path(__file__).parents[1],
-        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"JAX_PLATFORMS": "cpu"} | (env or {}),
     )
 
 
-def test_a_run_of_tiny_cases(tmp_path):
+def test_a_run_of_tiny_cases(tmp_path, env):
     run = tmp_path / "run"
-    result = command("--suite", "smoke", "--rounds", "2", "--guide", "blocky", "--run-dir", run)
+    result = command(
+        "--suite", "smoke", "--rounds", "2", "--guide", "blocky", "--run-dir", run, env=env
+    )
     assert result.returncode == 0, result.stderr
     report = json.loads((run / "results.json").read_text())
     assert {r["case"]["level"] for r in report["results"]} == {"op", "layer", "network"}

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import jax
@@ -98,7 +99,9 @@ def compile_step(
         program does not fit the chips' memory.
     """
     if not tpu.compiler_is_installed():
-        raise UserError("--dry-run needs the TPU compiler; install it with pip install libtpu.")
+        raise UserError(
+            "--dry-run needs the TPU compiler; install it with pip install 'drconv_jax[tpu]'."
+        )
     try:
         devices = tpu.devices(topology)
     except Exception as error:  # libtpu has no type of its own for it
@@ -123,6 +126,14 @@ def compile_step(
             "take a smaller batch, --train.accumulate, --train.remat or --fsdp."
         ) from None
     seconds = time.perf_counter() - start
+    try:
+        text = compiled.as_text()
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(
+            f"--dry-run: jaxlib {version('jaxlib')} cannot read what libtpu {version('libtpu')} "
+            "compiled; install the libtpu that goes with it, pip install 'drconv_jax[tpu]': "
+            f"{_first_line(error)}"
+        ) from None
     cost = compiled.cost_analysis()
     return Report(
         topology=topology,
@@ -133,7 +144,7 @@ def compile_step(
         flops=cost["flops"],
         bytes=cost["bytes accessed"],
         memory=compiled.memory_analysis().peak_memory_in_bytes,
-        collectives=collectives(compiled.as_text()),
+        collectives=collectives(text),
         seconds=seconds,
     )
 

@@ -3,8 +3,8 @@
 Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sweep over shapes, m,
 kernel sizes, dtypes and batches; `--suite gpu` has batches for an accelerator. PyTorch takes part
 where it is installed (pip install 'drconv_jax[compare]'), and bytes on a TPU are counted where its
-compiler is (pip install libtpu); beside it JAX_PLATFORMS=cpu keeps JAX from looking for a TPU. The
-run's folder gets results.json, results.md and plots.
+compiler is (pip install 'drconv_jax[tpu]'); beside it JAX_PLATFORMS=cpu keeps JAX from looking for
+a TPU. The run's folder gets results.json, results.md and plots.
 """
 
 from __future__ import annotations
