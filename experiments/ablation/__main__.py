@@ -27,6 +27,10 @@ from experiments.classification.__main__ import PRESETS
 from experiments.runtime import configs, preemption
 from experiments.runtime.errors import Preempted, UserError, exit_on_user_error
 
+# XLA gets its buffers from the system at every step; in large pages, a step on a CPU takes a third
+# less time. Other systems than Linux do not look at this.
+_LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Arguments:
@@ -134,7 +138,8 @@ def _start(run: Run, cores: set[int], runs: pathlib.Path) -> _Job:
     folder.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, *run.command, "--run-dir", str(folder), "--auto-resume"]
     with _log_of(folder).open("ab") as log, _on(cores):
-        return _Job(run, subprocess.Popen(command, stdout=log, stderr=log), folder, cores)
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=os.environ | _LARGE_PAGES)
+    return _Job(run, process, folder, cores)
 
 
 def _log_of(folder: pathlib.Path) -> pathlib.Path:
