@@ -43,9 +43,12 @@ def total(report, kind, large):
     )
 
 
-def test_a_chip_does_the_same_in_a_pod_of_8_and_of_256():
-    few, many = compile_step("v5e:2x4"), compile_step("v5e:16x16")
-    assert (few.chips, many.chips) == (8, 256) and few.images == many.images == 8
+@pytest.mark.parametrize(
+    "few,many,chips", [("v5e:2x4", "v5e:16x16", 256), ("v5p:2x2x2", "v5p:8x8x16", 1024)]
+)
+def test_a_chip_does_the_same_in_a_pod_of_8_and_of_many(few, many, chips):
+    few, many = compile_step(few), compile_step(many)
+    assert (few.chips, many.chips) == (8, chips) and few.images == many.images == 8
     for quantity in ("arithmetic", "flops", "bytes", "memory"):
         assert getattr(many, quantity) == pytest.approx(getattr(few, quantity), rel=0.05), quantity
     for report in (few, many):

@@ -6,6 +6,9 @@
 //   for s in address,undefined thread; do
 //     g++ -std=c++17 -O1 -g -Wno-psabi -fsanitize=$s -isystem $INCLUDE tests/native/sanitize.cc -o sanitize -pthread && ./sanitize
 //   done
+//
+// With an argument it prints digests of all results, to compare processors: tests/native/arm64.sh
+// runs it on an emulated arm64 and on x86-64's baseline, AVX2 and AVX-512, and compares.
 
 #include "../../drconv_jax/region_conv/cpu.cc"
 
@@ -29,14 +32,15 @@ struct Values {
   std::unique_ptr<T[]> data;
   explicit Values(int64_t size) : size(size), data(new T[size]) {}
 
-  static Values Normal(int64_t size) {
+  // Between -2 and 2, the same numbers with any mathematical library.
+  static Values Numbers(int64_t size) {
     Values values(size);
-    std::normal_distribution<float> normal;
     for (int64_t i = 0; i < size; ++i) {
-      if constexpr (std::is_same_v<T, BFloat16>) {
-        Narrow(normal(random_bits), &values.data[i]);
+      const double drawn = static_cast<int32_t>(random_bits()) / 1073741824.0;
+      if constexpr (std::is_same_v<T, double>) {
+        values.data[i] = drawn;
       } else {
-        values.data[i] = normal(random_bits);
+        Narrow(static_cast<float>(drawn), &values.data[i]);
       }
     }
     return values;
@@ -64,11 +68,28 @@ struct Threads {
   }
 };
 
+bool print_digests = false;
+
+// A sum in which every value counts for something else, and how large it could be.
+template <typename T>
+void PrintDigest(const char* what, const Values<T>& values) {
+  double sum = 0, magnitude = 0;
+  for (int64_t i = 0; i < values.size; ++i) {
+    const double term = Widen(values.data[i]) * (1 + i % 7);
+    sum += term;
+    magnitude += std::abs(term);
+  }
+  std::printf("%s %d %.17g %.17g\n", what, static_cast<int>(sizeof(T)), sum, magnitude);
+}
+
 // Calls once(workers), which returns its results, on one thread and on four.
 template <typename Once>
 void SameOnAnyThreads(const char* what, const Once& once) {
   Threads one(1), four(4);
-  if (once(one.workers) == once(four.workers)) return;
+  const auto results = once(one.workers);
+  if (print_digests)
+    std::apply([&](const auto&... each) { (PrintDigest(what, each), ...); }, results);
+  if (results == once(four.workers)) return;
   std::printf("%s depends on the number of threads\n", what);
   std::exit(1);
 }
@@ -101,14 +122,14 @@ Shape DrawShape() {
 template <typename S, typename T, typename G>
 void RegionConvolution(XLA_FFI_DataType guide_type) {
   const Shape s = DrawShape();
-  const auto x = Values<S>::Normal(s.batch * s.in_positions * s.in);
-  const auto filters = Values<S>::Normal(s.batch * s.regions * s.filter_size());
-  const auto dy = Values<S>::Normal(s.batch * s.positions * s.features);
+  const auto x = Values<S>::Numbers(s.batch * s.in_positions * s.in);
+  const auto filters = Values<S>::Numbers(s.batch * s.regions * s.filter_size());
+  const auto dy = Values<S>::Numbers(s.batch * s.positions * s.features);
   const auto guide = Values<G>::Bytes(s.batch * s.positions * s.regions);
   std::array<int64_t, 5> dims = {s.batch, s.out[0], s.out[1], s.out[2], s.regions};
   XLA_FFI_Buffer buffer{XLA_FFI_Buffer_STRUCT_SIZE, nullptr, guide_type, guide.get(), 5, dims.data()};
   const ffi::AnyBuffer guide_features(&buffer);
-  SameOnAnyThreads("the region convolution", [&](Workers& workers) {
+  SameOnAnyThreads("region_conv", [&](Workers& workers) {
     Values<S> y(dy.size), dx(x.size), dfilters(filters.size);
     Values<T> scores(guide.size);
     Forward<S, T>(s, workers, x.get(), filters.get(), guide_features, y.get());
@@ -121,10 +142,10 @@ void RegionConvolution(XLA_FFI_DataType guide_type) {
 template <typename S, typename T>
 void Mixing() {
   const MixShape s{Draw(0, 5), Draw(1, 9), Draw(1, 9), Draw(1, 17), Draw(1, 900)};
-  const auto weights = Values<S>::Normal(s.rows() * s.regions * s.n);
-  const auto bank = Values<S>::Normal(s.regions * s.n * s.size);
-  const auto bias = Values<S>::Normal(s.regions * s.size);
-  const auto dfilters = Values<S>::Normal(s.rows() * s.regions * s.size);
+  const auto weights = Values<S>::Numbers(s.rows() * s.regions * s.n);
+  const auto bank = Values<S>::Numbers(s.regions * s.n * s.size);
+  const auto bias = Values<S>::Numbers(s.regions * s.size);
+  const auto dfilters = Values<S>::Numbers(s.rows() * s.regions * s.size);
   SameOnAnyThreads("mixing", [&](Workers& workers) {
     std::vector<char> needed(Draw(0, 1) ? 0 : s.batch * (s.regions > 1 ? s.regions : s.taps), 1);
     Values<S> filters(dfilters.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
@@ -138,7 +159,8 @@ void Mixing() {
 
 }  // namespace
 
-int main() {
+int main(int count, char**) {
+  print_digests = count > 1;
   constexpr int kRounds = 100;
   for (int round = 0; round < kRounds; ++round) {
     RegionConvolution<float, float, float>(XLA_FFI_DataType_F32);
@@ -148,5 +170,5 @@ int main() {
     Mixing<double, double>();
     Mixing<BFloat16, float>();
   }
-  std::printf("%d rounds: no fault found\n", kRounds);
+  if (!print_digests) std::printf("%d rounds: no fault found\n", kRounds);
 }
