@@ -9,7 +9,6 @@ from drconv_jax import DRConv
 from drconv_jax.cost import PUBLISHED, main, multiply_adds, parameters
 from drconv_jax.models import ShuffleNetV2, create_model, list_models
 
-
 # Published with torchvision's weights, to the last parameter.
 TORCHVISION = {
     "mobilenet_v2_x1_0": 3_504_872,
