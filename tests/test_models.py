@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drconv_jax import DRConv
+from drconv_jax.cost import parameters
 from drconv_jax.models import (
     MobileFaceNet,
     MobileNetV1,
@@ -48,6 +49,8 @@ def test_every_name_builds(name):
     paths = {"/".join(k.key for k in path) for path, _ in jax.tree.leaves_with_path(variables)}
     assert name.startswith("dr_") == any("mixing_kernel" in path for path in paths)
     assert name.startswith("dr_") == any("guide/kernel" in path for path in paths)
+    leaves = jax.tree.leaves(variables["params"])
+    assert parameters(model, x.shape).total == sum(leaf.size for leaf in leaves)
     if not re.search("x0_5|x1_0|face", name):  # strides are those of any width
         return
     maps = jax.eval_shape(functools.partial(model.apply, features=True), variables, x)
@@ -152,15 +155,12 @@ def test_bfloat16_is_near_float32():
 
 @pytest.mark.parametrize("network", TINY)
 def test_baselines_are_one_argument_away(network):
-    x = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    def count(conv):
+        return parameters(TINY[network](conv=conv), (2, 32, 32, 3)).total
 
-    def parameters(conv):
-        variables = jax.eval_shape(TINY[network](conv=conv).init, jax.random.key(0), x)
-        return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
-
-    plain = parameters(nn.Conv)
-    assert parameters(nn.ConvLocal) > plain  # a filter for every position
-    assert plain < parameters(functools.partial(DRConv, regions=1)) < parameters(DR)
+    plain = count(nn.Conv)
+    assert count(nn.ConvLocal) > plain  # a filter for every position
+    assert plain < count(functools.partial(DRConv, regions=1)) < count(DR)
 
 
 def test_placement_says_which_convolutions_are_dynamic():
