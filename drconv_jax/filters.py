@@ -11,7 +11,10 @@ A generator is a pair of functions. `init` makes its parameters, a flat dictiona
 
 "mixture" learns as fast as `nn.Conv` at the same learning rate: a gradient step of size one on the
 filters is one of size sum of the squared weights, here about 1, when it is taken on the bank; with
-weights 1 / E it is 1 / E. docs/ablation has what that is worth.
+weights 1 / E it is 1 / E. And its mixing logits are the sum of a map that all regions share and of
+one of each region's own: what a sample needs is learned from all of its positions, however many
+regions there are, and what a region needs besides from its own. docs/ablation has what that is
+worth.
 
 A new generator starts well (both hold for each of them):
 
@@ -144,15 +147,17 @@ def init_mixture(
     """Parameters of the default generator with E experts.
 
     Returns:
-      `mixing_kernel` (in, m, E) and `mixing_bias` (m, E): the linear map from the averaged input
-      to E mixing logits for each region; `bank_kernel` (E, *kernel, in/groups, features): the
-      experts, shared by all regions.
+      `shared_mixing_kernel` (in, E) and `shared_mixing_bias` (E,): the linear map from the averaged
+      input to the E mixing logits of every region; `mixing_kernel` (in, m, E) and `mixing_bias`
+      (m, E): what each region adds to it, zero at first; `bank_kernel` (E, *kernel, in/groups,
+      features): the experts, shared by all regions.
     """
     mixing_key, *bank_keys = jax.random.split(key, 1 + experts)
     shape = (*kernel_size, in_features // feature_group_count, features)
-    mixing = _mixing_init(mixing_key, (in_features, experts), param_dtype)
     return {
-        "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
+        "shared_mixing_kernel": _mixing_init(mixing_key, (in_features, experts), param_dtype),
+        "shared_mixing_bias": jnp.zeros(experts, param_dtype),
+        "mixing_kernel": jnp.zeros((in_features, regions, experts), param_dtype),
         "mixing_bias": jnp.zeros((regions, experts), param_dtype),
         "bank_kernel": jnp.stack([kernel_init(k, shape, param_dtype) for k in bank_keys]),
     }
@@ -168,8 +173,9 @@ def mixture_filters(
 ) -> Float[Array, "batch regions *kernel in_per_group features"]:
     """The default generator.
 
-    Global average of x, a linear map to m x E logits, 2 sigmoid / sqrt(E) (in float32 or wider),
-    and the sum of the E shared filter banks with those weights.
+    Global average of x, linear maps to E logits that all regions share and to m x E that are
+    added, 2 sigmoid / sqrt(E) (in float32 or wider), and the sum of the E shared filter banks with
+    those weights.
 
     Args:
       params: as `init_mixture` makes them, in the dtype to compute in.
@@ -183,7 +189,12 @@ def mixture_filters(
     """
     del kernel_size
     scale = 2 / params["bank_kernel"].shape[0] ** 0.5
-    return _mixed_experts(params, x, scale, guide_features, precision)
+    whole = {
+        "mixing_kernel": params["shared_mixing_kernel"][:, None] + params["mixing_kernel"],
+        "mixing_bias": params["shared_mixing_bias"][None] + params["mixing_bias"],
+        "bank_kernel": params["bank_kernel"],
+    }
+    return _mixed_experts(whole, x, scale, guide_features, precision)
 
 
 def init_experts(
@@ -198,9 +209,12 @@ def init_experts(
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
     param_dtype: DTypeLike = jnp.float32,
 ) -> dict[str, Float[Array, ...]]:
-    """Parameters of the released code's generator: those of `init_mixture`, the bank sqrt(E) times.
+    """Parameters of the released code's generator.
 
-    A mean of E filters, which it makes, varies 1 / E as much as each of them.
+    Returns:
+      `mixing_kernel` (in, m, E) and `mixing_bias` (m, E): the linear map from the averaged input
+      to E mixing logits for each region; `bank_kernel`: that of `init_mixture`, sqrt(E) times, as
+      a mean of E filters varies 1 / E as much as each of them.
     """
     params = init_mixture(
         key,
@@ -213,7 +227,12 @@ def init_experts(
         kernel_init=kernel_init,
         param_dtype=param_dtype,
     )
-    return {**params, "bank_kernel": params["bank_kernel"] * experts**0.5}
+    shared = params["shared_mixing_kernel"]
+    return {
+        "mixing_kernel": jnp.repeat(shared[:, None], regions, axis=1),
+        "mixing_bias": params["mixing_bias"],
+        "bank_kernel": params["bank_kernel"] * experts**0.5,
+    }
 
 
 def experts_filters(
@@ -226,7 +245,8 @@ def experts_filters(
 ) -> Float[Array, "batch regions *kernel in_per_group features"]:
     """The generator of the authors' released code (megvii-research/DRConv).
 
-    `mixture_filters`, with mixing weights 2 sigmoid / E.
+    Global average of x, a linear map to m x E logits, 2 sigmoid / E (in float32 or wider), and the
+    sum of the E shared filter banks with those weights. Arguments are those of `mixture_filters`.
     """
     del kernel_size
     scale = 2 / params["bank_kernel"].shape[0]

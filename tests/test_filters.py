@@ -74,8 +74,11 @@ def test_generator_against_loops(generator):
             context, n = x[b, u, v], m
         else:
             context, n = x[b].mean((0, 1)), experts
-        logits = [context @ params["mixing_kernel"][:, j, i] for i in range(n)]
-        weights = 1 / (1 + np.exp(-(np.array(logits) + params["mixing_bias"][j])))
+        logits = np.array([context @ params["mixing_kernel"][:, j, i] for i in range(n)])
+        logits += params["mixing_bias"][j]
+        if generator == "mixture":
+            logits += context @ params["shared_mixing_kernel"] + params["shared_mixing_bias"]
+        weights = 1 / (1 + np.exp(-logits))
         if generator == "pooled":
             bank, bias = params["bank_kernel"][j], params["bank_bias"][j]
         else:
@@ -99,6 +102,25 @@ def test_a_step_on_the_default_bank_is_one_on_the_filters():
     step = jax.grad(along)(params["bank_kernel"])
     moved = generate.apply({**params, "bank_kernel": step}, x, (1, 1))
     np.testing.assert_allclose(moved[0, 0, 0, 0], direction, rtol=1e-5)
+
+
+def test_what_regions_share_learns_from_all_of_them():
+    """As fast with many regions as with one, which sees all of a sample's positions."""
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 4)) + 1
+    dfilters = jax.random.normal(jax.random.key(1), (2, 1, 1, 1, 4, 6))
+
+    def gradients(regions):
+        generate = GENERATORS["mixture"]
+        params = generate.init(jax.random.key(2), 4, 6, (1, 1), regions)
+        # Every region has an equal share of the positions, and of the gradient.
+        share = jnp.repeat(dfilters / regions, regions, axis=1)
+        return jax.vjp(lambda p: generate.apply(p, x, (1, 1)), params)[1](share)[0]
+
+    one, many = gradients(1), gradients(8)
+    for name in ("shared_mixing_kernel", "shared_mixing_bias", "bank_kernel"):
+        np.testing.assert_allclose(many[name], one[name], rtol=1e-4, atol=1e-5)
+    own = one["mixing_kernel"] / 8
+    np.testing.assert_allclose(many["mixing_kernel"], jnp.repeat(own, 8, 1), rtol=1e-4, atol=1e-5)
 
 
 def test_sigmoid_is_in_float32_for_bfloat16():
