@@ -8,6 +8,7 @@ from flax import linen as nn
 from drconv_jax import DRConv
 from drconv_jax.cost import PUBLISHED, main, multiply_adds, parameters
 from drconv_jax.models import ShuffleNetV2, create_model, list_models
+from experiments.runtime import dry_run
 
 # Published with torchvision's weights, to the last parameter.
 TORCHVISION = {
@@ -33,6 +34,21 @@ def test_published_figures(name):
         if name != "mobilenet_v2_x1_0":  # the others are in millions, some to one decimal
             near = pytest.approx(published_parameters, rel=0.02)
             assert count / 1e6 == near or round(count / 1e6, 1) == published_parameters
+
+
+@pytest.mark.parametrize("name", [name for name in list_models() if name[:3] != "dr_"])
+def test_every_networks_multiply_adds_are_those_of_its_program(name):
+    """And its DR twins have them too, besides what guides and filter generators take."""
+    shape = (1, 112, 112, 3)
+    model, x = create_model(name, num_classes=7), jnp.zeros(shape)
+    variables = jax.eval_shape(model.init, jax.random.key(0), x)
+    operations = dry_run.arithmetic(jax.make_jaxpr(model.apply)(variables, x).jaxpr)
+    count = multiply_adds(model, shape).total
+    assert count == operations / 2
+    for twin in {f"dr_{name}", f"dr_{name}_all"} & set(list_models()):
+        layers = multiply_adds(create_model(twin, num_classes=7), shape).layers
+        added = sum(n for layer, n in layers.items() if layer.endswith(("guide", "filters")))
+        assert sum(layers.values()) - added == count and added > 0
 
 
 def test_what_drconv_adds_to_shufflenet():

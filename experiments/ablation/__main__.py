@@ -27,8 +27,8 @@ from experiments.classification.__main__ import PRESETS
 from experiments.runtime import configs, preemption
 from experiments.runtime.errors import Preempted, UserError, exit_on_user_error
 
-# XLA gets its buffers from the system at every step; in large pages, a step on a CPU takes a third
-# less time. Other systems than Linux do not look at this.
+# XLA asks the system for its buffers anew at every step, which is cheaper in large pages. Other
+# systems than Linux do not look at this.
 _LARGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
