@@ -22,7 +22,7 @@ _NETWORK: dict[str, Any] = {
 _RECIPE = Recipe(
     epochs=5,
     batch_size=128,
-    learning_rate=0.2,
+    learning_rate=0.8,
     warmup_epochs=0.5,
     weight_decay=1e-4,
     label_smoothing=0.0,
@@ -47,19 +47,19 @@ def _plain(title: str, **options: Any) -> Case:
 
 
 def _dr(title: str, **options: Any) -> Case:
-    return _plain(title, conv="drconv", **options)
+    return _plain(title, **{"conv": "drconv", "shared_guide": True, **options})
 
 
 CASES: Mapping[str, Case] = {
     "plain": _plain("nn.Conv"),
     "dr": _dr("DRConv, m = 8"),
-    "wide": _plain("nn.Conv, as many multiply-adds", channels=(5, 10, 22, 42, 160)),
+    "wide": _plain("nn.Conv, as many multiply-adds", channels=(5, 10, 20, 40, 160)),
     "m1": _plain("m = 1", conv="dynamic"),
     "m2": _dr("m = 2", regions=2),
     "m4": _dr("m = 4", regions=4),
     "m16": _dr("m = 16", regions=16),
-    "guide-3x3": _dr("guide convolution 3x3", guide_kernel_size=3),
-    "shared-guide": _dr("one guide per block", shared_guide=True),
+    "own-guide": _dr("a guide for every layer", shared_guide=False),
+    "guide-3x3": _dr("the same, guides 3x3", shared_guide=False, guide_kernel_size=3),
     "pooled": _dr('generator "pooled", the paper\'s', filter_generator="pooled"),
     "experts": _dr('generator "experts", the released code\'s', filter_generator="experts"),
     "experts-4": _dr("4 experts, not 8", experts=4),
@@ -75,8 +75,8 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "Number of regions": ("plain", "m1", "m2", "m4", "dr", "m16"),
     "Guide and generator": (
         "dr",
+        "own-guide",
         "guide-3x3",
-        "shared-guide",
         "pooled",
         "experts",
         "experts-4",

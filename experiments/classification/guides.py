@@ -40,19 +40,22 @@ class Guided(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width in"]
+        self,
+        x: Float[Array, "batch height width in"],
+        guide: Float[Array, "batch guide_height guide_width regions"] | None = None,
     ) -> Float[Array, "batch out_height out_width features"]:
-        """Applies the layer."""
+        """Applies the layer, with the block's guide features or, without them, with its own."""
         if self.kind == "straight-through":
             size = self.guide_kernel_size or self.kernel_size
-            guide = nn.Conv(
-                self.regions,
-                size,
-                self.strides,
-                padding=size[0] // 2,
-                dtype=self.dtype,
-                name="guide",
-            )(x)
+            if guide is None:
+                guide = nn.Conv(
+                    self.regions,
+                    size,
+                    self.strides,
+                    padding=size[0] // 2,
+                    dtype=self.dtype,
+                    name="guide",
+                )(x)
             guide = straight_through(guide)
         else:
             height, width = (-(-length // self.strides) for length in x.shape[1:3])

@@ -98,6 +98,7 @@ class ModelConfig:
           UserError: the name is unknown, or the network has no such option.
         """
         shared = self.name.startswith("dr_") if self.shared_guide is None else self.shared_guide
+        learned = self.has_guide and self.guide in ("learned", "straight-through")
         dynamic = functools.partial(
             DRConv if self.guide == "learned" else functools.partial(Guided, kind=self.guide),
             regions=1 if self._conv == "dynamic" else self.regions,
@@ -114,7 +115,7 @@ class ModelConfig:
         fields: dict[str, Any] = {
             "num_classes": num_classes,
             "conv": makers[self._conv],
-            "guide_regions": self.regions if self.has_guide and shared else None,
+            "guide_regions": self.regions if learned and shared else None,
             "dtype": jnp.dtype(self.dtype),
         }
         for name in ("placement", "width", "channels", "blocks", "stem_strides"):
