@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Format, Layout
 
 from drconv_jax.region_conv import IMPLEMENTATIONS, region_conv
 from experiments.runtime.tpu import devices
@@ -22,7 +23,10 @@ class Bytes:
     Attributes:
       case: the shape, a case of level "tpu".
       implementation: of the region convolution.
-      fused: bytes accessed by it.
+      fused: bytes accessed by it, given filters in row-major order: the order in which a layer's
+        program stores them, and in which the kernel reads them.
+      relaid: bytes accessed by it where filters are arguments of a program like all others. The
+        compiler lays those out with the batch innermost, and copies them for the kernel.
       convolution: bytes accessed by the 1x1 convolution.
       filters: bytes of the m filters of all samples.
       guide: bytes of the guide features.
@@ -32,6 +36,7 @@ class Bytes:
     case: Case
     implementation: str
     fused: float
+    relaid: float
     convolution: float
     filters: float
     guide: float
@@ -56,14 +61,25 @@ def measure(case: Case, implementation: str) -> Bytes | str:
         array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=device)
         x, kernel = array((*pixels, channels)), array((1, 1, channels, channels))
         filters = array((case.batch, *case.regions, *kernel.shape))
+        row_major = array(
+            filters.shape, sharding=Format(Layout(tuple(range(filters.ndim))), device)
+        )
         guide = array((*pixels, *case.regions))
         op = functools.partial(region_conv, implementation=implementation)
         convolution, _ = _bytes_accessed(_convolution, x, kernel)
-        fused, has_loop = _bytes_accessed(op, x, filters, guide)
+        fused, has_loop = _bytes_accessed(op, x, row_major, guide)
+        relaid, _ = _bytes_accessed(op, x, filters, guide)
     except Exception as error:  # the compiler and a kernel under development fail in many ways
         return f"{case.label} {implementation}: {str(error).splitlines()[0]}"
     return Bytes(
-        case, implementation, fused, convolution, filters.size * 2, guide.size * 2, has_loop
+        case,
+        implementation,
+        fused,
+        relaid,
+        convolution,
+        filters.size * 2,
+        guide.size * 2,
+        has_loop,
     )
 
 
