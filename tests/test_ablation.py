@@ -68,6 +68,16 @@ def test_fixed_regions_are_those_of_every_sample(kind):
     assert len(np.unique(index)) == 4
 
 
+def test_a_straight_through_layer_takes_its_blocks_guide():
+    layer = guides.Guided(5, (1, 1), kind="straight-through", regions=3)
+    x, guide = jax.random.normal(KEY, (2, 4, 4, 6)), jax.random.normal(KEY, (2, 8, 8, 3))
+    variables = layer.init(KEY, x, guide)
+    assert set(variables["params"]) == {"conv"}
+    _, sown = layer.apply(variables, x, guide, mutable="intermediates")
+    nearest = guide.argmax(-1)[:, ::2, ::2]  # PyTorch's rule
+    np.testing.assert_array_equal(sown["intermediates"]["conv"]["region_index"][0], nearest)
+
+
 def test_the_straight_through_gradient():
     """Every region's score but for their mean, which moves all guide features alike."""
     m, features = 3, 5
