@@ -44,7 +44,12 @@ class Guided(nn.Module):
         x: Float[Array, "batch height width in"],
         guide: Float[Array, "batch guide_height guide_width regions"] | None = None,
     ) -> Float[Array, "batch out_height out_width features"]:
-        """Applies the layer, with the block's guide features or, without them, with its own."""
+        """Applies the layer.
+
+        Args:
+          x: the input.
+          guide: the block's guide features, for "straight-through"; None makes the layer's own.
+        """
         if self.kind == "straight-through":
             size = self.guide_kernel_size or self.kernel_size
             if guide is None:
