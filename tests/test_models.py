@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from drconv_jax import DRConv
-from drconv_jax.cost import parameters
+from drconv_jax.cost import multiply_adds, parameters
 from drconv_jax.models import (
     MobileFaceNet,
     MobileNetV1,
@@ -187,3 +187,41 @@ def test_widths_of_the_papers_channels():
     ):
         params = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
         assert params[name]["kernel"].shape == shape
+
+
+@pytest.mark.parametrize("pool", [1, 2, 4])
+def test_guide_pool_gives_a_square_of_positions_one_region(pool):
+    model = ShuffleNetV2(
+        num_classes=5, width=0.5, blocks=(1, 1, 1), conv=DR, guide_regions=3, guide_pool=pool
+    )
+    # The first block's input is 9x9: the last squares are cut. One half of it is dark.
+    x = images(2, 36).at[:, :, :12].mul(1e-3)
+    variables = jax.jit(model.init)(jax.random.key(3), x)
+    state = jax.jit(functools.partial(model.apply, mutable="intermediates"))(variables, x)[1]
+    (regions,) = state["intermediates"]["stage2_block0"]["conv1"]["region_index"]
+    assert regions.shape == (2, 9, 9)
+    index = np.arange(9) // pool * pool
+    assert len(np.unique(regions)) > 1
+    assert (regions == regions[:, index][:, :, index]).all()
+    assert (pool == 1) == bool((regions[:, :8:2] != regions[:, 1:8:2]).any())
+
+
+@pytest.mark.parametrize("network", TINY)
+def test_guide_pool_quarters_what_guides_cost(network):
+    def guides(pool):
+        model = TINY[network](conv=DR, guide_regions=3, guide_pool=pool)
+        layers = multiply_adds(model, (1, 128, 128, 3)).layers
+        return sum(n for layer, n in layers.items() if layer.endswith("guide"))
+
+    assert guides(1) == 4 * guides(2) > 0
+
+
+def test_bad_guide_pool():
+    for fields, message in (
+        ({"guide_pool": 0, "guide_regions": 3}, "guide_pool must be at least 1, got 0"),
+        ({"guide_pool": 2}, "guide_pool=2 needs a block's own guide; give guide_regions"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(
+                TINY["shufflenet_v2"](conv=DR, **fields).init, jax.random.key(0), images()
+            )

@@ -47,6 +47,8 @@ class Block(nn.Module):
       placement: "all", or "last" for the projection alone.
       guide_regions: regions of a guide that the block makes of its input and gives to those
         convolutions; None leaves the guide to each of them.
+      guide_pool: averages the input of that guide over squares of this size, so that regions
+        are made of such squares.
       dtype: of the computation.
     """
 
@@ -56,6 +58,7 @@ class Block(nn.Module):
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
     guide_regions: int | None = None
+    guide_pool: int = 1
     dtype: Dtype | None = None
 
     @nn.compact
@@ -63,7 +66,14 @@ class Block(nn.Module):
         self, x: Float[Array, "batch height width in"], *, train: bool = False
     ) -> Float[Array, "batch out_height out_width features"]:
         """Applies the block."""
-        first, last = block_convs(x, self.conv, self.placement, self.guide_regions, self.dtype)
+        first, last = block_convs(
+            x,
+            self.conv,
+            self.placement,
+            guide_regions=self.guide_regions,
+            guide_pool=self.guide_pool,
+            dtype=self.dtype,
+        )
         shortcut = x
         x = first(x, self.expanded, "expand")
         x = PReLU(name="expand_prelu")(norm(x, "expand_norm", train=train, dtype=self.dtype))
@@ -87,7 +97,7 @@ class MobileFaceNet(nn.Module):
       blocks: in the stem and at strides 4, 8 and 16. One in the stem is a depthwise convolution,
         more are bottlenecks, as in InsightFace.
       conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
-      placement, guide_regions: see `Block`.
+      placement, guide_regions, guide_pool: see `Block`.
       dtype: of the computation.
     """
 
@@ -98,6 +108,7 @@ class MobileFaceNet(nn.Module):
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
     guide_regions: int | None = None
+    guide_pool: int = 1
     dtype: Dtype | None = None
 
     @nn.compact
@@ -126,6 +137,7 @@ class MobileFaceNet(nn.Module):
                 conv=self.conv,
                 placement=self.placement,
                 guide_regions=self.guide_regions,
+                guide_pool=self.guide_pool,
                 dtype=self.dtype,
                 name=name,
             )

@@ -42,6 +42,8 @@ class Block(nn.Module):
       placement: "all", or "last" for the projection alone.
       guide_regions: regions of a guide that the block makes of its input and gives to those
         convolutions; None leaves the guide to each of them.
+      guide_pool: averages the input of that guide over squares of this size, so that regions
+        are made of such squares.
       dtype: of the computation.
     """
 
@@ -51,6 +53,7 @@ class Block(nn.Module):
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
     guide_regions: int | None = None
+    guide_pool: int = 1
     dtype: Dtype | None = None
 
     @nn.compact
@@ -58,7 +61,14 @@ class Block(nn.Module):
         self, x: Float[Array, "batch height width in"], *, train: bool = False
     ) -> Float[Array, "batch out_height out_width features"]:
         """Applies the block."""
-        first, last = block_convs(x, self.conv, self.placement, self.guide_regions, self.dtype)
+        first, last = block_convs(
+            x,
+            self.conv,
+            self.placement,
+            guide_regions=self.guide_regions,
+            guide_pool=self.guide_pool,
+            dtype=self.dtype,
+        )
         shortcut = x
         if self.expansion > 1:
             x = first(x, self.expansion * x.shape[-1], "expand")
@@ -78,7 +88,7 @@ class MobileNetV2(nn.Module):
       width: width multiplier; channels are rounded to multiples of 8, and those of the last
         convolution grow with it but do not shrink.
       conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
-      placement, guide_regions: see `Block`.
+      placement, guide_regions, guide_pool: see `Block`.
       stem_strides: strides of the first convolution; 1 keeps small images large.
       dtype: of the computation.
     """
@@ -88,6 +98,7 @@ class MobileNetV2(nn.Module):
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
     guide_regions: int | None = None
+    guide_pool: int = 1
     stem_strides: int = 2
     dtype: Dtype | None = None
 
@@ -127,6 +138,7 @@ class MobileNetV2(nn.Module):
                     conv=self.conv,
                     placement=self.placement,
                     guide_regions=self.guide_regions,
+                    guide_pool=self.guide_pool,
                     dtype=self.dtype,
                     name=f"stage{stage}_block{block}",
                 )(x, train=train)

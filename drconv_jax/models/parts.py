@@ -100,7 +100,9 @@ def block_convs(
     x: Float[Array, "batch height width in"],
     make: ConvFactory,
     placement: Placement,
+    *,
     guide_regions: int | None,
+    guide_pool: int,
     dtype: Dtype | None,
 ) -> tuple[Conv, Conv]:
     """A block's first and last 1x1 convolutions, as functions of an input, features and a name.
@@ -110,16 +112,38 @@ def block_convs(
       make: makes those convolutions that `placement` names.
       placement: "all" or "last".
       guide_regions: of the guide; None leaves guides to the convolutions themselves.
+      guide_pool: the guide is made of the input averaged over squares of this size, whose positions
+        then have one region; 1 makes it of the input itself, as the released code does.
       dtype: of the computation.
 
     Raises:
-      ValueError: the placement is unknown.
+      ValueError: the placement is unknown, guide_pool is below 1, or there is no guide to pool for.
     """
     if placement not in ("all", "last"):
         raise ValueError(f'placement must be "all" or "last", got {placement!r}.')
-    guide = None if guide_regions is None else conv(x, guide_regions, "guide", dtype=dtype)
+    if guide_pool < 1:
+        raise ValueError(f"guide_pool must be at least 1, got {guide_pool}.")
+    if guide_pool > 1 and guide_regions is None:
+        raise ValueError(
+            f"guide_pool={guide_pool} needs a block's own guide; give guide_regions too, got None."
+        )
+    guide = None
+    if guide_regions is not None:
+        guide = _guide(x, guide_regions, guide_pool, dtype)
     made = functools.partial(conv, make=make, guide=guide, dtype=dtype)
     return made if placement == "all" else functools.partial(conv, dtype=dtype), made
+
+
+def _guide(
+    x: Float[Array, "batch height width in"], regions: int, pool: int, dtype: Dtype | None
+) -> Float[Array, "batch height width regions"]:
+    if pool == 1:
+        return conv(x, regions, "guide", dtype=dtype)
+    _, height, width, _ = x.shape
+    padding = ((0, -height % pool), (0, -width % pool))
+    x = nn.avg_pool(x, (pool, pool), (pool, pool), padding, count_include_pad=False)
+    guide = conv(x, regions, "guide", dtype=dtype)
+    return guide.repeat(pool, axis=1).repeat(pool, axis=2)[:, :height, :width]
 
 
 def scaled(channels: float, divisor: int = 8) -> int:

@@ -55,6 +55,9 @@ class ModelConfig:
     shared_guide: bool | None = None
     """Whether the convolutions of a block share one guide, as in the released code; default: as the
     name says, no in "small"."""
+    guide_pool: int = 1
+    """Size of the squares of positions that a block's guide gives one region; 1 is the released
+    code's."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
 
@@ -69,6 +72,7 @@ class ModelConfig:
             ),
             ("regions", self.regions >= 1, "at least 1"),
             ("experts", self.experts >= 1, "at least 1"),
+            ("guide_pool", self.guide_pool >= 1, "at least 1"),
             (
                 "guide_kernel_size",
                 self.guide_kernel_size is None or self.guide_kernel_size >= 1,
@@ -116,8 +120,14 @@ class ModelConfig:
             "num_classes": num_classes,
             "conv": makers[self._conv],
             "guide_regions": self.regions if learned and shared else None,
+            "guide_pool": self.guide_pool,
             "dtype": jnp.dtype(self.dtype),
         }
+        if self.guide_pool > 1 and fields["guide_regions"] is None:
+            raise UserError(
+                f"--model.guide-pool {self.guide_pool} needs a learned guide that a block shares; "
+                "add --model.shared-guide or leave it out."
+            )
         for name in ("placement", "width", "channels", "blocks", "stem_strides"):
             if (value := getattr(self, name)) is not None:
                 fields[name] = value
