@@ -47,14 +47,17 @@ def _plain(title: str, **options: Any) -> Case:
     return Case(title, ModelConfig(**{**_NETWORK, **options}))
 
 
+# Variants are of the network whose blocks' guides have full resolution, as the released code's.
 def _dr(title: str, **options: Any) -> Case:
     return _plain(title, **{"conv": "drconv", "shared_guide": True, **options})
 
 
 CASES: Mapping[str, Case] = {
     "plain": _plain("nn.Conv"),
-    "dr": _dr("DRConv, m = 8"),
-    "wide": _plain("nn.Conv, as many multiply-adds", channels=(5, 10, 20, 40, 160)),
+    "dr": _dr("DRConv, m = 8, guide of 2x2 squares", guide_pool=2),
+    "wide": _plain("nn.Conv, as many multiply-adds", channels=(5, 8, 18, 36, 152)),
+    "full-guide": _dr("DRConv, m = 8, guide of every position"),
+    "wider": _plain("nn.Conv, as many multiply-adds", channels=(5, 10, 20, 40, 160)),
     "m1": _plain("m = 1", conv="dynamic"),
     "m2": _dr("m = 2", regions=2),
     "m4": _dr("m = 4", regions=4),
