@@ -74,6 +74,18 @@ guide_mask.defvjp(
 )
 
 
+def grid_features(height: int, width: int, regions: int) -> Float[Array, "height width regions"]:
+    """Guide features of fixed regions: one-hots of the cells of a grid over the image.
+
+    The grid has `regions` cells in rows, as square as their number allows: 2 x 4 for 8. Where an
+    image has fewer positions than cells, some stay empty.
+    """
+    rows = max(n for n in range(1, regions + 1) if regions % n == 0 and n * n <= regions)
+    columns = regions // rows
+    row, column = jnp.arange(height) * rows // height, jnp.arange(width) * columns // width
+    return jax.nn.one_hot(row[:, None] * columns + column[None], regions)
+
+
 def _check(guide_features: Array) -> None:
     if not jnp.issubdtype(guide_features.dtype, jnp.floating):
         raise TypeError(f"guide features must be floating point, got {guide_features.dtype}.")

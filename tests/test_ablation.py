@@ -49,13 +49,6 @@ def test_the_claim_comes_first():
     assert order == [("dr", 0), ("plain", 0), ("dr", 1), ("plain", 1), ("m2", 0), ("m2", 1)]
 
 
-def test_a_grid():
-    index = np.asarray(guides.grid_guide(4, 8, 8).argmax(-1))
-    expected = np.arange(8).reshape(2, 4).repeat(2, axis=0).repeat(2, axis=1)
-    np.testing.assert_array_equal(index, expected)
-    assert np.unique(guides.grid_guide(9, 7, 3).argmax(-1)).tolist() == [0, 1, 2]
-
-
 @pytest.mark.parametrize("kind", ["grid", "random"])
 def test_fixed_regions_are_those_of_every_sample(kind):
     layer = guides.Guided(5, (3, 3), 2, padding=1, kind=kind, regions=4)

@@ -7,7 +7,7 @@ from flax import linen as nn
 
 from drconv_jax import DRConv
 from drconv_jax.cost import PUBLISHED, main, multiply_adds, parameters
-from drconv_jax.models import ShuffleNetV2, create_model, list_models
+from drconv_jax.models import BlockGuide, ShuffleNetV2, create_model, list_models
 from experiments.runtime import dry_run
 
 # Published with torchvision's weights, to the last parameter.
@@ -54,7 +54,7 @@ def test_every_networks_multiply_adds_are_those_of_its_program(name):
 def test_what_drconv_adds_to_shufflenet():
     def count(**fields):
         conv = functools.partial(DRConv, regions=8)
-        model = ShuffleNetV2(width=0.5, conv=conv, guide_regions=8, **fields)
+        model = ShuffleNetV2(width=0.5, conv=conv, guide=BlockGuide(8), **fields)
         return multiply_adds(model, (1, 224, 224, 3))
 
     plain = multiply_adds(ShuffleNetV2(width=0.5), (1, 224, 224, 3)).total

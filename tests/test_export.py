@@ -10,7 +10,7 @@ import runs
 from jax import export
 
 from drconv_jax.export import export_model, load_exported
-from drconv_jax.models import ShuffleNetV2
+from drconv_jax.models import BlockGuide, ShuffleNetV2
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -27,7 +27,7 @@ assert not any(name.startswith(("drconv_jax", "flax")) for name in sys.modules)
 def test_another_process_runs_the_file_at_any_batch_size(tmp_path):
     from test_models import DR
 
-    model = ShuffleNetV2(num_classes=5, width=0.1, blocks=(1, 1, 1), conv=DR, guide_regions=3)
+    model = ShuffleNetV2(num_classes=5, width=0.1, blocks=(1, 1, 1), conv=DR, guide=BlockGuide(3))
     x = jax.random.normal(jax.random.key(0), (5, 32, 32, 3))
     variables = jax.jit(model.init)(jax.random.key(1), x)
     path = tmp_path / "model.stablehlo"

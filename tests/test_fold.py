@@ -10,7 +10,7 @@ from flax.traverse_util import flatten_dict
 
 from drconv_jax import DRConv, depthwise
 from drconv_jax.fold import fold_batch_norm
-from drconv_jax.models import ShuffleNetV2, create_model
+from drconv_jax.models import BlockGuide, ShuffleNetV2, create_model
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -169,7 +169,7 @@ def test_a_network_gives_the_same():
         blocks=(1, 1, 1),
         conv=functools.partial(DRConv, regions=3),
         placement="last",
-        guide_regions=3,
+        guide=BlockGuide(3),
     )
     assert_folds(model, jax.random.normal(KEY, (2, 32, 32, 3)))
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from drconv_jax import guide_mask, region_index
+from drconv_jax.guide import grid_features
 
 
 def softmax_gradient(features, cotangent):
@@ -63,3 +64,10 @@ def test_bad_features(no_shape_checks):
         guide_mask(jnp.zeros((2, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"at least one region, got \(2, 0\)"):
         region_index(jnp.zeros((2, 0)))
+
+
+def test_a_grid():
+    index = np.asarray(grid_features(4, 8, 8).argmax(-1))
+    expected = np.arange(8).reshape(2, 4).repeat(2, axis=0).repeat(2, axis=1)
+    np.testing.assert_array_equal(index, expected)
+    assert np.unique(grid_features(9, 7, 3).argmax(-1)).tolist() == [0, 1, 2]

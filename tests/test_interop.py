@@ -10,7 +10,7 @@ from flax import linen as nn
 
 from drconv_jax import DRConv
 from drconv_jax.interop import import_torch
-from drconv_jax.models import MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
+from drconv_jax.models import BlockGuide, MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -259,7 +259,7 @@ def test_the_released_network(channels):
         channels=channels,
         blocks=(2, 3, 1),
         conv=functools.partial(DRConv, regions=3, filter_generator="experts", experts=2),
-        guide_regions=3,
+        guide=BlockGuide(3),
         layout="megvii",
     )
     x = rng.normal(size=(2, 64, 64, 3)).astype(np.float32)
@@ -274,7 +274,7 @@ def test_the_released_network(channels):
 @pytest.mark.parametrize("generator", ["pooled", "mixture"])
 def test_the_released_network_has_the_released_generator(generator):
     conv = functools.partial(DRConv, filter_generator=generator)
-    model = ShuffleNetV2(width=0.5, conv=conv, guide_regions=8, layout="megvii")
+    model = ShuffleNetV2(width=0.5, conv=conv, guide=BlockGuide(8), layout="megvii")
     with pytest.raises(ValueError, match=f'must be "experts", .* got "{generator}"'):
         import_torch(model, {})
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from drconv_jax import DRConv
 from drconv_jax.cost import multiply_adds, parameters
 from drconv_jax.models import (
+    BlockGuide,
     MobileFaceNet,
     MobileNetV1,
     MobileNetV2,
@@ -21,6 +22,7 @@ from drconv_jax.models import (
     mobilenet_v1,
     mobilenet_v2,
 )
+from drconv_jax.models.parts import GRID_PACE
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -91,7 +93,7 @@ def over_eight_devices(*arrays):
 def test_trains_on_eight_devices(network, dynamic, monkeypatch):
     for family, stages in ((mobilenet_v1, 3), (mobilenet_v2, 4)):  # fewer are as good, and faster
         monkeypatch.setattr(family, "STAGES", family.STAGES[:stages])
-    model = TINY[network](**({"conv": DR, "guide_regions": 3} if dynamic else {}))
+    model = TINY[network](**({"conv": DR, "guide": BlockGuide(3)} if dynamic else {}))
     x, labels = over_eight_devices(images(), jnp.arange(8) % 5)
     variables = jax.jit(model.init)(jax.random.key(1), images(1))
     optimizer = optax.adam(3e-3)
@@ -119,7 +121,7 @@ def test_trains_on_eight_devices(network, dynamic, monkeypatch):
 
 
 def test_batch_norm_sees_the_whole_batch_on_eight_devices():
-    model = TINY["shufflenet_v2"](conv=DR, guide_regions=3)
+    model = TINY["shufflenet_v2"](conv=DR, guide=BlockGuide(3))
     x = images()
     variables = jax.jit(model.init)(jax.random.key(1), x)
     apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
@@ -190,9 +192,9 @@ def test_widths_of_the_papers_channels():
 
 
 @pytest.mark.parametrize("pool", [1, 2, 4])
-def test_guide_pool_gives_a_square_of_positions_one_region(pool):
+def test_a_guides_pool_gives_a_square_of_positions_one_region(pool):
     model = ShuffleNetV2(
-        num_classes=5, width=0.5, blocks=(1, 1, 1), conv=DR, guide_regions=3, guide_pool=pool
+        num_classes=5, width=0.5, blocks=(1, 1, 1), conv=DR, guide=BlockGuide(3, pool)
     )
     # The first block's input is 9x9: the last squares are cut. One half of it is dark.
     x = images(2, 36).at[:, :, :12].mul(1e-3)
@@ -207,21 +209,56 @@ def test_guide_pool_gives_a_square_of_positions_one_region(pool):
 
 
 @pytest.mark.parametrize("network", TINY)
-def test_guide_pool_quarters_what_guides_cost(network):
+def test_a_guides_pool_quarters_its_cost(network):
     def guides(pool):
-        model = TINY[network](conv=DR, guide_regions=3, guide_pool=pool)
+        model = TINY[network](conv=DR, guide=BlockGuide(3, pool))
         layers = multiply_adds(model, (1, 128, 128, 3)).layers
         return sum(n for layer, n in layers.items() if layer.endswith("guide"))
 
     assert guides(1) == 4 * guides(2) > 0
 
 
-def test_bad_guide_pool():
+@pytest.mark.parametrize("pool", [1, 2])
+def test_a_guide_can_start_as_a_grid_and_learns_from_there(pool):
+    model = ShuffleNetV2(
+        num_classes=5,
+        width=0.5,
+        blocks=(1, 1, 1),
+        stem_strides=(1, 1),
+        conv=functools.partial(DRConv, regions=4),
+        guide=BlockGuide(4, pool, start="grid"),
+    )
+    x = images(2, 16)
+    variables = jax.jit(model.init)(jax.random.key(4), x)
+
+    @jax.jit
+    def regions(params):
+        state = model.apply({**variables, "params": params}, x, mutable="intermediates")[1]
+        return state["intermediates"]["stage2_block0"]["conv1"]["region_index"][0]
+
+    grid = np.arange(4).reshape(2, 2).repeat(8, axis=0).repeat(8, axis=1)
+    np.testing.assert_array_equal(regions(variables["params"]), np.stack([grid, grid]))
+
+    def loss_of(params):
+        # Regions all start with one filter: the guide has a gradient when they have parted.
+        params["stage2_block0"]["conv1"]["filters"]["mixing_bias"] = jnp.eye(4, 8)
+        logits = model.apply({**variables, "params": params}, x, train=True, mutable=True)[0]
+        return (logits**2).sum()
+
+    gradient = jax.jit(jax.grad(loss_of))(variables["params"])
+    kernel = gradient["stage2_block0"]["guide"]["kernel"]
+    assert jnp.abs(kernel).max() > 0
+    moved = variables["params"]
+    scale = 20 / (GRID_PACE * jnp.abs(kernel).max())
+    moved["stage2_block0"]["guide"]["kernel"] -= scale * kernel
+    assert (regions(moved) != grid[None]).any()
+
+
+def test_bad_guides():
     for fields, message in (
-        ({"guide_pool": 0, "guide_regions": 3}, "guide_pool must be at least 1, got 0"),
-        ({"guide_pool": 2}, "guide_pool=2 needs a block's own guide; give guide_regions"),
+        ({"pool": 0}, "pool of a BlockGuide must be at least 1, got 0"),
+        ({"regions": 0}, "regions of a BlockGuide must be at least 1, got 0"),
+        ({"start": "square"}, "start of a BlockGuide must be .* got 'square'"),
     ):
         with pytest.raises(ValueError, match=message):
-            jax.eval_shape(
-                TINY["shufflenet_v2"](conv=DR, **fields).init, jax.random.key(0), images()
-            )
+            BlockGuide(**fields)

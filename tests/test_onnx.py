@@ -8,7 +8,7 @@ from flax import linen as nn
 
 from drconv_jax import DRConv
 from drconv_jax.fold import fold_batch_norm
-from drconv_jax.models import ShuffleNetV2
+from drconv_jax.models import BlockGuide, ShuffleNetV2
 from drconv_jax.onnx import export_onnx
 
 pytest.importorskip("jax2onnx", reason="no jax2onnx")
@@ -23,7 +23,7 @@ DR = functools.partial(DRConv, regions=3)
 NETWORKS = {
     "shufflenet v2": ShuffleNetV2(num_classes=5, width=0.1, blocks=(1, 2, 1)),
     "dr shufflenet v2": ShuffleNetV2(
-        num_classes=5, width=0.1, blocks=(1, 1, 1), conv=DR, guide_regions=3
+        num_classes=5, width=0.1, blocks=(1, 1, 1), conv=DR, guide=BlockGuide(3)
     ),
 }
 

@@ -3,10 +3,12 @@
 from drconv_jax.models.mobilefacenet import MobileFaceNet
 from drconv_jax.models.mobilenet_v1 import MobileNetV1
 from drconv_jax.models.mobilenet_v2 import MobileNetV2
+from drconv_jax.models.parts import BlockGuide
 from drconv_jax.models.registry import create_model, list_models
 from drconv_jax.models.shufflenet_v2 import ShuffleNetV2
 
 __all__ = [
+    "BlockGuide",
     "MobileFaceNet",
     "MobileNetV1",
     "MobileNetV2",

@@ -10,6 +10,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax.models.parts import (
+    BlockGuide,
     ConvFactory,
     Placement,
     block_convs,
@@ -45,10 +46,8 @@ class Block(nn.Module):
       strides: 1 or 2; with strides 1 the input is added to the output.
       conv: makes the 1x1 convolutions that `placement` names.
       placement: "all", or "last" for the projection alone.
-      guide_regions: regions of a guide that the block makes of its input and gives to those
-        convolutions; None leaves the guide to each of them.
-      guide_pool: averages the input of that guide over squares of this size, so that regions
-        are made of such squares.
+      guide: what the block makes of its input and gives to those convolutions; None leaves a
+        guide to each of them.
       dtype: of the computation.
     """
 
@@ -57,8 +56,7 @@ class Block(nn.Module):
     strides: int = 1
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     dtype: Dtype | None = None
 
     @nn.compact
@@ -66,14 +64,7 @@ class Block(nn.Module):
         self, x: Float[Array, "batch height width in"], *, train: bool = False
     ) -> Float[Array, "batch out_height out_width features"]:
         """Applies the block."""
-        first, last = block_convs(
-            x,
-            self.conv,
-            self.placement,
-            guide_regions=self.guide_regions,
-            guide_pool=self.guide_pool,
-            dtype=self.dtype,
-        )
+        first, last = block_convs(x, self.conv, self.placement, self.guide, self.dtype)
         shortcut = x
         x = first(x, self.expanded, "expand")
         x = PReLU(name="expand_prelu")(norm(x, "expand_norm", train=train, dtype=self.dtype))
@@ -97,7 +88,7 @@ class MobileFaceNet(nn.Module):
       blocks: in the stem and at strides 4, 8 and 16. One in the stem is a depthwise convolution,
         more are bottlenecks, as in InsightFace.
       conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
-      placement, guide_regions, guide_pool: see `Block`.
+      placement, guide: see `Block`.
       dtype: of the computation.
     """
 
@@ -107,8 +98,7 @@ class MobileFaceNet(nn.Module):
     blocks: Sequence[int] = (1, 4, 6, 2)
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     dtype: Dtype | None = None
 
     @nn.compact
@@ -136,8 +126,7 @@ class MobileFaceNet(nn.Module):
                 strides=strides,
                 conv=self.conv,
                 placement=self.placement,
-                guide_regions=self.guide_regions,
-                guide_pool=self.guide_pool,
+                guide=self.guide,
                 dtype=self.dtype,
                 name=name,
             )

@@ -7,6 +7,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax.models.parts import (
+    BlockGuide,
     ConvFactory,
     block_convs,
     check_width,
@@ -29,18 +30,14 @@ class Block(nn.Module):
       features: channels of the output.
       strides: 1 or 2.
       conv: makes the pointwise convolution.
-      guide_regions: regions of a guide made from the block's input; None leaves the guide to
-        the convolution.
-      guide_pool: averages the input of that guide over squares of this size, so that regions
-        are made of such squares.
+      guide: what the block makes of its input; None leaves the guide to the convolution.
       dtype: of the computation.
     """
 
     features: int
     strides: int = 1
     conv: ConvFactory = nn.Conv
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     dtype: Dtype | None = None
 
     @nn.compact
@@ -48,14 +45,7 @@ class Block(nn.Module):
         self, x: Float[Array, "batch height width in"], *, train: bool = False
     ) -> Float[Array, "batch out_height out_width features"]:
         """Applies the block."""
-        _, pointwise = block_convs(
-            x,
-            self.conv,
-            "last",
-            guide_regions=self.guide_regions,
-            guide_pool=self.guide_pool,
-            dtype=self.dtype,
-        )
+        _, pointwise = block_convs(x, self.conv, "last", self.guide, self.dtype)
         x = depthwise_conv(x, "depthwise", strides=self.strides, dtype=self.dtype)
         x = relu6(norm(x, "depthwise_norm", train=train, dtype=self.dtype))
         x = pointwise(x, self.features, "pointwise")
@@ -69,7 +59,7 @@ class MobileNetV1(nn.Module):
       num_classes: outputs of the classifier; None leaves it out and returns the pooled features.
       width: width multiplier; channels are rounded to multiples of 8.
       conv: makes the pointwise convolutions; called as `nn.Conv` is.
-      guide_regions, guide_pool: see `Block`.
+      guide: see `Block`.
       stem_strides: strides of the first convolution; 1 keeps small images large.
       dtype: of the computation.
     """
@@ -77,8 +67,7 @@ class MobileNetV1(nn.Module):
     num_classes: int | None = 1000
     width: float = 1.0
     conv: ConvFactory = nn.Conv
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     stem_strides: int = 2
     dtype: Dtype | None = None
 
@@ -115,8 +104,7 @@ class MobileNetV1(nn.Module):
                     scaled(channels * self.width),
                     strides=strides if block == 0 else 1,
                     conv=self.conv,
-                    guide_regions=self.guide_regions,
-                    guide_pool=self.guide_pool,
+                    guide=self.guide,
                     dtype=self.dtype,
                     name=f"stage{stage}_block{block}",
                 )(x, train=train)

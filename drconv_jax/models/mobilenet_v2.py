@@ -7,6 +7,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax.models.parts import (
+    BlockGuide,
     ConvFactory,
     Placement,
     block_convs,
@@ -40,10 +41,8 @@ class Block(nn.Module):
       strides: 1 or 2.
       conv: makes the 1x1 convolutions that `placement` names.
       placement: "all", or "last" for the projection alone.
-      guide_regions: regions of a guide that the block makes of its input and gives to those
-        convolutions; None leaves the guide to each of them.
-      guide_pool: averages the input of that guide over squares of this size, so that regions
-        are made of such squares.
+      guide: what the block makes of its input and gives to those convolutions; None leaves a
+        guide to each of them.
       dtype: of the computation.
     """
 
@@ -52,8 +51,7 @@ class Block(nn.Module):
     strides: int = 1
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     dtype: Dtype | None = None
 
     @nn.compact
@@ -61,14 +59,7 @@ class Block(nn.Module):
         self, x: Float[Array, "batch height width in"], *, train: bool = False
     ) -> Float[Array, "batch out_height out_width features"]:
         """Applies the block."""
-        first, last = block_convs(
-            x,
-            self.conv,
-            self.placement,
-            guide_regions=self.guide_regions,
-            guide_pool=self.guide_pool,
-            dtype=self.dtype,
-        )
+        first, last = block_convs(x, self.conv, self.placement, self.guide, self.dtype)
         shortcut = x
         if self.expansion > 1:
             x = first(x, self.expansion * x.shape[-1], "expand")
@@ -88,7 +79,7 @@ class MobileNetV2(nn.Module):
       width: width multiplier; channels are rounded to multiples of 8, and those of the last
         convolution grow with it but do not shrink.
       conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
-      placement, guide_regions, guide_pool: see `Block`.
+      placement, guide: see `Block`.
       stem_strides: strides of the first convolution; 1 keeps small images large.
       dtype: of the computation.
     """
@@ -97,8 +88,7 @@ class MobileNetV2(nn.Module):
     width: float = 1.0
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     stem_strides: int = 2
     dtype: Dtype | None = None
 
@@ -137,8 +127,7 @@ class MobileNetV2(nn.Module):
                     strides=strides if block == 0 else 1,
                     conv=self.conv,
                     placement=self.placement,
-                    guide_regions=self.guide_regions,
-                    guide_pool=self.guide_pool,
+                    guide=self.guide,
                     dtype=self.dtype,
                     name=f"stage{stage}_block{block}",
                 )(x, train=train)

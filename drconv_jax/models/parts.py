@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Literal
@@ -12,6 +13,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax import depthwise
+from drconv_jax.guide import grid_features
 
 ConvFactory = Callable[..., nn.Module]
 """Makes a convolution, called as `nn.Conv` is: `nn.Conv`, `functools.partial(DRConv, regions=8)`,
@@ -22,6 +24,10 @@ Conv = Callable[[Array, int, str], Array]
 
 Placement = Literal["all", "last"]
 """Which 1x1 convolutions of a block the factory makes: all, or the last alone."""
+
+GRID_PACE = 0.25
+"""Scales the convolution of a guide that starts as a grid. Unscaled, regions move faster than the
+filters that they choose can follow, and a network ends worse than where they stay put."""
 
 
 def conv(
@@ -96,54 +102,81 @@ def norm(
     return module(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockGuide:
+    """How a block makes a guide of its input, for all of its DRConvs, as the released code does.
+
+    Attributes:
+      regions: m, that of the DRConvs.
+      pool: averages the input over squares of this size, whose positions then have one region and
+        cost one; 1 is the released code's.
+      start: "random", the released code's, whose regions are those of a random 1x1 convolution; or
+        "grid", whose regions are at first the cells of a grid over the image and then move as far
+        as is learned. It scales that convolution by `GRID_PACE`, which makes its steps
+        `GRID_PACE` squared as large.
+
+    Raises:
+      ValueError: a number is below 1, or the start is unknown.
+    """
+
+    regions: int = 8
+    pool: int = 1
+    start: str = "random"
+
+    def __post_init__(self) -> None:
+        for name in ("regions", "pool"):
+            if (value := getattr(self, name)) < 1:
+                raise ValueError(f"{name} of a BlockGuide must be at least 1, got {value}.")
+        if self.start not in ("random", "grid"):
+            raise ValueError(
+                f'start of a BlockGuide must be "random" or "grid", got {self.start!r}.'
+            )
+
+    def __call__(
+        self, x: Float[Array, "batch height width in"], dtype: Dtype | None = None
+    ) -> Float[Array, "batch height width regions"]:
+        """Guide features of a block's input, by a convolution named "guide"."""
+        _, height, width, _ = x.shape
+        if self.pool > 1:
+            padding = ((0, -height % self.pool), (0, -width % self.pool))
+            squares = (self.pool, self.pool)
+            x = nn.avg_pool(x, squares, squares, padding, count_include_pad=False)
+        if self.start == "random":
+            guide = conv(x, self.regions, "guide", dtype=dtype)
+        else:
+            make = functools.partial(nn.Conv, kernel_init=nn.initializers.zeros)
+            moved = GRID_PACE * conv(x, self.regions, "guide", make=make, dtype=dtype)
+            grid = grid_features(x.shape[1], x.shape[2], self.regions)
+            guide = moved + grid.astype(moved.dtype)[None]
+        if self.pool > 1:
+            guide = guide.repeat(self.pool, axis=1).repeat(self.pool, axis=2)
+        return guide[:, :height, :width]
+
+
 def block_convs(
     x: Float[Array, "batch height width in"],
     make: ConvFactory,
     placement: Placement,
-    *,
-    guide_regions: int | None,
-    guide_pool: int,
+    guide: BlockGuide | None,
     dtype: Dtype | None,
 ) -> tuple[Conv, Conv]:
     """A block's first and last 1x1 convolutions, as functions of an input, features and a name.
 
     Args:
-      x: the block's input, of which its guide is made, as the released DRConv code has it.
+      x: the block's input, of which its guide is made.
       make: makes those convolutions that `placement` names.
       placement: "all" or "last".
-      guide_regions: of the guide; None leaves guides to the convolutions themselves.
-      guide_pool: the guide is made of the input averaged over squares of this size, whose positions
-        then have one region; 1 makes it of the input itself, as the released code does.
+      guide: given to those; None leaves guides to the convolutions themselves.
       dtype: of the computation.
 
     Raises:
-      ValueError: the placement is unknown, guide_pool is below 1, or there is no guide to pool for.
+      ValueError: the placement is unknown.
     """
     if placement not in ("all", "last"):
         raise ValueError(f'placement must be "all" or "last", got {placement!r}.')
-    if guide_pool < 1:
-        raise ValueError(f"guide_pool must be at least 1, got {guide_pool}.")
-    if guide_pool > 1 and guide_regions is None:
-        raise ValueError(
-            f"guide_pool={guide_pool} needs a block's own guide; give guide_regions too, got None."
-        )
-    guide = None
-    if guide_regions is not None:
-        guide = _guide(x, guide_regions, guide_pool, dtype)
-    made = functools.partial(conv, make=make, guide=guide, dtype=dtype)
+    features = None if guide is None else guide(x, dtype)
+    made = functools.partial(conv, make=make, guide=features, dtype=dtype)
     return made if placement == "all" else functools.partial(conv, dtype=dtype), made
-
-
-def _guide(
-    x: Float[Array, "batch height width in"], regions: int, pool: int, dtype: Dtype | None
-) -> Float[Array, "batch height width regions"]:
-    if pool == 1:
-        return conv(x, regions, "guide", dtype=dtype)
-    _, height, width, _ = x.shape
-    padding = ((0, -height % pool), (0, -width % pool))
-    x = nn.avg_pool(x, (pool, pool), (pool, pool), padding, count_include_pad=False)
-    guide = conv(x, regions, "guide", dtype=dtype)
-    return guide.repeat(pool, axis=1).repeat(pool, axis=2)[:, :height, :width]
 
 
 def scaled(channels: float, divisor: int = 8) -> int:

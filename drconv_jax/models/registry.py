@@ -13,6 +13,7 @@ from drconv_jax.linen import DRConv
 from drconv_jax.models.mobilefacenet import MobileFaceNet
 from drconv_jax.models.mobilenet_v1 import MobileNetV1
 from drconv_jax.models.mobilenet_v2 import MobileNetV2
+from drconv_jax.models.parts import BlockGuide
 from drconv_jax.models.shufflenet_v2 import ShuffleNetV2
 
 _REGIONS = 8  # the DRConv paper's m
@@ -33,7 +34,7 @@ def _networks() -> dict[str, Callable[..., nn.Module]]:
     dynamic: dict[str, Callable[..., nn.Module]] = {}
     for name, network in plain.items():
         dr = functools.partial(
-            network, conv=functools.partial(DRConv, regions=_REGIONS), guide_regions=_REGIONS
+            network, conv=functools.partial(DRConv, regions=_REGIONS), guide=BlockGuide(_REGIONS)
         )
         if name.startswith("mobilenet_v1"):  # has one 1x1 convolution in a block
             dynamic[f"dr_{name}"] = dr

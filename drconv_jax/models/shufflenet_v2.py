@@ -16,6 +16,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax.models.parts import (
+    BlockGuide,
     ConvFactory,
     Placement,
     block_convs,
@@ -56,10 +57,8 @@ class Block(nn.Module):
       strides: 1 or 2.
       conv: makes the 1x1 convolutions of the main branch that `placement` names.
       placement: "all" (both), or "last".
-      guide_regions: regions of a guide that the block makes of the branch's input and gives to
-        those convolutions, as the released DRConv code does; None leaves the guide to each.
-      guide_pool: averages the input of that guide over squares of this size, so that regions
-        are made of such squares.
+      guide: what the block makes of the branch's input and gives to those convolutions; None
+        leaves a guide to each of them.
       layout: see `Layout`.
       dtype: of the computation.
     """
@@ -68,8 +67,7 @@ class Block(nn.Module):
     strides: int = 1
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     layout: Layout = "paper"
     dtype: Dtype | None = None
 
@@ -89,14 +87,7 @@ class Block(nn.Module):
             shortcut = conv(shortcut, kept, "shortcut_conv", dtype=dtype)
             shortcut = nn.relu(norm(shortcut, "shortcut_norm", train=train, dtype=dtype))
 
-        first, last = block_convs(
-            x,
-            self.conv,
-            self.placement,
-            guide_regions=self.guide_regions,
-            guide_pool=self.guide_pool,
-            dtype=dtype,
-        )
+        first, last = block_convs(x, self.conv, self.placement, self.guide, dtype)
         x = first(x, half, "conv1")
         x = nn.relu(norm(x, "norm1", train=train, dtype=dtype))
         x = depthwise_conv(x, "depthwise", strides=self.strides, dtype=dtype)
@@ -127,7 +118,7 @@ class ShuffleNetV2(nn.Module):
         (in multiples of 4).
       blocks: blocks in stages 2, 3 and 4.
       conv: makes the blocks' 1x1 convolutions that `placement` names; called as `nn.Conv` is.
-      placement, guide_regions, guide_pool: see `Block`.
+      placement, guide: see `Block`.
       stem_strides: strides of the first convolution and of the max pooling behind it; (1, 1) keeps
         small images large, and pooling with strides 1 is left out.
       channels: of the stem, of stages 2, 3 and 4 (even) and of the last convolution; None takes
@@ -141,8 +132,7 @@ class ShuffleNetV2(nn.Module):
     blocks: Sequence[int] = (4, 8, 4)
     conv: ConvFactory = nn.Conv
     placement: Placement = "all"
-    guide_regions: int | None = None
-    guide_pool: int = 1
+    guide: BlockGuide | None = None
     stem_strides: tuple[int, int] = (2, 2)
     channels: Sequence[int] | None = None
     layout: Layout = "paper"
@@ -183,8 +173,7 @@ class ShuffleNetV2(nn.Module):
                     strides=2 if block == 0 else 1,
                     conv=self.conv,
                     placement=self.placement,
-                    guide_regions=self.guide_regions,
-                    guide_pool=self.guide_pool,
+                    guide=self.guide,
                     layout=self.layout,
                     dtype=self.dtype,
                     name=f"stage{stage}_block{block}",

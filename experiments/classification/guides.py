@@ -11,6 +11,7 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax import DRConv
+from drconv_jax.guide import grid_features
 
 Guide = Literal["learned", "straight-through", "grid", "random"]
 
@@ -64,7 +65,7 @@ class Guided(nn.Module):
             guide = straight_through(guide)
         else:
             height, width = (-(-length // self.strides) for length in x.shape[1:3])
-            make = grid_guide if self.kind == "grid" else _random_guide
+            make = grid_features if self.kind == "grid" else _random_guide
             guide = jnp.broadcast_to(
                 make(height, width, self.regions), (x.shape[0], height, width, self.regions)
             )
@@ -81,14 +82,6 @@ class Guided(nn.Module):
             name="conv",
         )
         return layer(x, guide)
-
-
-def grid_guide(height: int, width: int, regions: int) -> Float[Array, "height width regions"]:
-    """Guide features of a grid of `regions` cells, as square as their number allows."""
-    rows = max(n for n in range(1, regions + 1) if regions % n == 0 and n * n <= regions)
-    columns = regions // rows
-    row, column = jnp.arange(height) * rows // height, jnp.arange(width) * columns // width
-    return jax.nn.one_hot(row[:, None] * columns + column[None], regions)
 
 
 def _random_guide(height: int, width: int, regions: int) -> Float[Array, "height width regions"]:

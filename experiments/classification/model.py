@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from drconv_jax import DRConv
-from drconv_jax.models import ShuffleNetV2, create_model
+from drconv_jax.models import BlockGuide, ShuffleNetV2, create_model
 from experiments.classification.guides import Guide, Guided
 from experiments.runtime.errors import UserError
 
@@ -58,6 +58,9 @@ class ModelConfig:
     guide_pool: int = 1
     """Size of the squares of positions that a block's guide gives one region; 1 is the released
     code's."""
+    guide_start: Literal["random", "grid"] = "random"
+    """Regions that a block's guide starts with: at random, as in the released code, or the cells of
+    a grid, which then learn."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the computation."""
 
@@ -103,6 +106,7 @@ class ModelConfig:
         """
         shared = self.name.startswith("dr_") if self.shared_guide is None else self.shared_guide
         learned = self.has_guide and self.guide in ("learned", "straight-through")
+        guide = BlockGuide(self.regions, self.guide_pool, self.guide_start)
         dynamic = functools.partial(
             DRConv if self.guide == "learned" else functools.partial(Guided, kind=self.guide),
             regions=1 if self._conv == "dynamic" else self.regions,
@@ -119,14 +123,14 @@ class ModelConfig:
         fields: dict[str, Any] = {
             "num_classes": num_classes,
             "conv": makers[self._conv],
-            "guide_regions": self.regions if learned and shared else None,
-            "guide_pool": self.guide_pool,
+            "guide": guide if learned and shared else None,
             "dtype": jnp.dtype(self.dtype),
         }
-        if self.guide_pool > 1 and fields["guide_regions"] is None:
+        if fields["guide"] is None and guide != BlockGuide(self.regions):
             raise UserError(
-                f"--model.guide-pool {self.guide_pool} needs a learned guide that a block shares; "
-                "add --model.shared-guide or leave it out."
+                "--model.guide-pool and --model.guide-start need a learned guide that a block "
+                f"shares; add --model.shared-guide or leave them out, got {self.guide_pool} and "
+                f'"{self.guide_start}".'
             )
         for name in ("placement", "width", "channels", "blocks", "stem_strides"):
             if (value := getattr(self, name)) is not None:
