@@ -58,6 +58,7 @@ CASES: Mapping[str, Case] = {
     "wide": _plain("nn.Conv, as many multiply-adds", channels=(5, 8, 18, 36, 152)),
     "released-guide": _dr("DRConv, m = 8, guides as in the released code"),
     "wider": _plain("nn.Conv, as many multiply-adds", channels=(5, 10, 20, 40, 160)),
+    "squares": _dr("guides of 2x2 squares", guide_pool=2),
     "m1": _plain("m = 1", conv="dynamic"),
     "m2": _dr("m = 2", regions=2),
     "m4": _dr("m = 4", regions=4),
@@ -80,6 +81,7 @@ TABLES: Mapping[str, tuple[str, ...]] = {
     "Guide and generator": (
         "released-guide",
         "dr",
+        "squares",
         "own-guide",
         "guide-3x3",
         "pooled",
