@@ -36,7 +36,8 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
     Known networks, plain ones of any width and number of blocks: `ShuffleNetV2` and `MobileNetV2`
     from torchvision, `MobileNetV1` from timm, `MobileFaceNet` from InsightFace (arcface_torch), and
     the DR-ShuffleNetV2 of megvii-research/DRConv as `ShuffleNetV2(layout="megvii",
-    conv=functools.partial(DRConv, regions=8, filter_generator="experts"), guide_regions=8)`.
+    conv=functools.partial(DRConv, regions=8, filter_generator="experts"),
+    guide=BlockGuide(8))`.
 
     Args:
       module: the Flax module that the weights are for.
