@@ -209,6 +209,7 @@ def test_a_class_without_a_readable_image(tree):
         (ModelConfig, "blocks", (1, 0, 1)),
         (ModelConfig, "stem_strides", (0, 2)),
         (ModelConfig, "regions", 0),
+        (ModelConfig, "guide_pool", 0),
     ],
 )
 def test_a_value_out_of_range(config, option, value):
@@ -217,6 +218,17 @@ def test_a_value_out_of_range(config, option, value):
     message = f"--{group}.{option.replace('_', '-')} must be .* got {shown}\\.$"
     with pytest.raises(UserError, match=message):
         config(**{option: value})
+
+
+@pytest.mark.parametrize("fields", [{"guide_pool": 2}, {"guide_start": "grid"}])
+@pytest.mark.parametrize(
+    "without",
+    [{}, {"shared_guide": True, "guide": "grid"}, {"shared_guide": True, "conv": "local"}],
+)
+def test_a_guide_option_without_a_guide_that_blocks_share(fields, without):
+    ModelConfig(shared_guide=True, **fields)
+    with pytest.raises(UserError, match="--model.shared-guide or leave them out, got [12] and"):
+        ModelConfig(**fields, **without)
 
 
 def test_the_ends_of_the_ranges():
