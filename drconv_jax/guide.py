@@ -77,8 +77,13 @@ guide_mask.defvjp(
 def grid_features(height: int, width: int, regions: int) -> Float[Array, "height width regions"]:
     """Guide features of fixed regions: one-hots of the cells of a grid over the image.
 
-    The grid has `regions` cells in rows, as square as their number allows: 2 x 4 for 8. Where an
-    image has fewer positions than cells, some stay empty.
+    Args:
+      height, width: positions.
+      regions: m cells, in rows as square as their number allows: 2 x 4 for 8. Where there are fewer
+        positions than cells, some stay empty.
+
+    Returns:
+      float32 guide features; not the paper's, which learns its regions.
     """
     rows = max(n for n in range(1, regions + 1) if regions % n == 0 and n * n <= regions)
     columns = regions // rows
