@@ -14,7 +14,7 @@ setup(
             "drconv_jax.region_conv._cpu",
             ["drconv_jax/region_conv/cpu.cc"],
             include_dirs=[str(pathlib.Path(jaxlib.__file__).parent / "include")],
-            extra_compile_args=["-std=c++17", "-O3", "-g0", "-Wno-psabi"],
+            extra_compile_args=["-std=c++17", "-O2", "-ftree-vectorize", "-g0", "-Wno-psabi"],
             optional=True,
         )
     ]

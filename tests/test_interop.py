@@ -279,6 +279,15 @@ def test_the_released_network_has_the_released_generator(generator):
         import_torch(model, {})
 
 
+@pytest.mark.parametrize("options", [{"start": "grid"}, {"pool": 2}])
+def test_the_released_network_has_the_released_guide(options):
+    conv = functools.partial(DRConv, filter_generator="experts")
+    guide = BlockGuide(8, **options)
+    model = ShuffleNetV2(width=0.5, conv=conv, guide=guide, layout="megvii")
+    with pytest.raises(ValueError, match=r"guide must be BlockGuide\(8\), .* got BlockGuide"):
+        import_torch(model, {})
+
+
 def test_an_unknown_layout():
     with pytest.raises(ValueError, match='layout must be "paper" or "megvii", got \'timm\''):
         ShuffleNetV2(layout="timm").init(KEY, jnp.zeros((1, 32, 32, 3)))

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict
 from drconv_jax.interop.drconv import entry_of_experts
 from drconv_jax.interop.entries import Entry, oihw_to_hwio
 from drconv_jax.linen import DRConv
-from drconv_jax.models import MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
+from drconv_jax.models import BlockGuide, MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
 from drconv_jax.models.mobilenet_v1 import STAGES as STAGES_V1
 from drconv_jax.models.mobilenet_v2 import STAGES as STAGES_V2
 
@@ -30,7 +30,8 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
     """What a network needs of a state dict.
 
     Raises:
-      ValueError: the network has a layer that its public counterpart has not, such as a DRConv.
+      ValueError: the network has a layer that its public counterpart has not, such as a DRConv, or
+        computes something else with the same weights.
     """
     table, stem, size_for = next(t for kind, t in NETWORKS.items() if isinstance(model, kind))
     if released := getattr(model, "layout", None) == "megvii":
@@ -53,6 +54,12 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
         raise ValueError(
             'filter_generator must be "experts", as in the code the weights are from, got '
             f'"{min(others)}".'
+        )
+    guide = getattr(model, "guide", None)
+    if released and guide is not None and guide != BlockGuide(guide.regions):
+        raise ValueError(
+            f"guide must be BlockGuide({guide.regions}), as in the code the weights are from, got "
+            f"{guide}."
         )
     strangers = sorted({"/".join(path[1:-1]) for path in variables if path[1:-1] not in prefixes})
     if strangers:

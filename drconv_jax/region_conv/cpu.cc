@@ -2,8 +2,8 @@
 // handlers.
 //
 // For every sample, positions are listed region by region. The rows of one region (each row is a
-// window of x) then meet that region's filter in a register-blocked product: a few rows by one
-// panel of 64 bytes of output channels. No position is computed for a region it did not choose,
+// window of x) then meet that region's filter in a register-blocked product: a few rows by one or
+// two panels of 64 bytes of output channels. No position is computed for a region it did not choose,
 // and no window is copied: rows are read where they lie, tap by tap.
 //
 // Backward, with dy the output's cotangent:
@@ -69,15 +69,46 @@ INLINE void Narrow(float value, BFloat16* result) {
 INLINE void Narrow(float value, float* result) { *result = value; }
 INLINE void Narrow(double value, double* result) { *result = value; }
 
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLES
+#endif
+#endif
+
+// The sum of a register's lanes: its halves are added until one lane is left.
+#ifdef SHUFFLES
+template <typename T, typename Register, size_t... kLane>
+INLINE T SumLanes(const Register& lanes, std::index_sequence<kLane...>) {
+  constexpr size_t kHalf = sizeof...(kLane);
+  if constexpr (kHalf == 1) {
+    return lanes[0] + lanes[1];
+  } else {
+    return SumLanes<T>(__builtin_shufflevector(lanes, lanes, kLane...) +
+                           __builtin_shufflevector(lanes, lanes, (kLane + kHalf)...),
+                       std::make_index_sequence<kHalf / 2>());
+  }
+}
+#else
+template <typename T, typename Register, size_t... kLane>
+INLINE T SumLanes(const Register& lanes, std::index_sequence<kLane...>) {
+  T values[2 * sizeof...(kLane)];
+  std::memcpy(values, &lanes, sizeof lanes);
+  for (int half = sizeof...(kLane); half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) values[i] += values[i + half];
+  return values[0];
+}
+#endif
+
 // A panel is 64 bytes of columns, held in as many registers as the instruction set needs for them;
-// with kRows rows of it, sums, one row of weights and a broadcast value fit the register file.
-template <int kRegisterBytes, int kRowsAtOnce>
+// with kRows rows of kPanels panels, sums, one row of weights and a broadcast value fit the register
+// file. Two panels at once halve the broadcasts.
+template <int kRegisterBytes, int kRowsAtOnce, int kPanelsAtOnce>
 struct InstructionSet {
-  static constexpr int kRows = kRowsAtOnce;
-  template <typename T>
+  static constexpr int kRows = kRowsAtOnce, kPanels = kPanelsAtOnce;
+  template <typename T, int kCount = 1>  // kCount panels side by side
   struct Panel {
     typedef T Register __attribute__((vector_size(kRegisterBytes)));
-    static constexpr int kRegisters = 64 / kRegisterBytes;
+    static constexpr int kRegisters = kCount * 64 / kRegisterBytes;
     static constexpr int kLanes = kRegisterBytes / sizeof(T);
     Register part[kRegisters];
 
@@ -102,33 +133,20 @@ struct InstructionSet {
       return products;
     }
     static INLINE T Sum(const Register& lanes) {
-      T values[kLanes];
-      std::memcpy(values, &lanes, kRegisterBytes);
-#pragma GCC unroll 4
-      for (int half = kLanes / 2; half > 0; half /= 2)
-        for (int i = 0; i < half; ++i) values[i] += values[i + half];
-      return values[0];
+      return SumLanes<T>(lanes, std::make_index_sequence<kLanes / 2>());
     }
-    INLINE void Spill(T* target) const { std::memcpy(target, part, 64); }
+    INLINE void Spill(T* target) const { std::memcpy(target, part, sizeof part); }
   };
 };
 
-template <typename T>
-constexpr int64_t kPanelWidth = 64 / sizeof(T);
+template <typename T, int kCount = 1>
+constexpr int64_t kPanelWidth = kCount * 64 / sizeof(T);
 
-// Stores a panel's first `width` columns.
-template <typename Isa, typename T>
-INLINE void Store(const typename Isa::template Panel<T>& panel, int64_t width, T* target) {
-  constexpr int64_t kWidth = 64 / sizeof(T);
-  if (width == kWidth) {
-    panel.Spill(target);
-    return;
-  }
-  T values[kWidth];
-  panel.Spill(values);
-  const T* source = values;
-#pragma GCC unroll 4
-  for (int64_t size = kWidth / 2; size > 0; size /= 2) {  // a few moves of known size
+// Copies `width` values, fewer than 2 kHalf, in a few moves of known size.
+template <int64_t kHalf, typename T>
+INLINE void CopyFew(const T* source, int64_t width, T* target) {
+#pragma GCC unroll 5
+  for (int64_t size = kHalf; size > 0; size /= 2) {
     if (width & size) {
       std::memcpy(target, source, size * sizeof(T));
       source += size;
@@ -137,16 +155,29 @@ INLINE void Store(const typename Isa::template Panel<T>& panel, int64_t width, T
   }
 }
 
+// Stores a panel's first `width` columns.
+template <typename T, typename Panel>
+INLINE void Store(const Panel& panel, int64_t width, T* target) {
+  constexpr int64_t kWidth = sizeof(Panel) / sizeof(T);
+  if (width == kWidth) {
+    panel.Spill(target);
+    return;
+  }
+  T values[kWidth];
+  panel.Spill(values);
+  CopyFew<kWidth / 2>(values, width, target);
+}
+
 // Code is compiled for the baseline of its architecture and, on x86-64, again for AVX2 and for
 // AVX-512; Workers picks by the processor it runs on. All code below a task is inlined into it.
 #if defined(__x86_64__)
-using Baseline = InstructionSet<16, 2>;
-using Avx2 = InstructionSet<32, 6>;
-using Avx512 = InstructionSet<64, 12>;
+using Baseline = InstructionSet<16, 2, 1>;
+using Avx2 = InstructionSet<32, 6, 1>;
+using Avx512 = InstructionSet<64, 12, 2>;
 #define TARGET_AVX2 __attribute__((target("avx2,fma")))
 #define TARGET_AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")))
 #else
-using Baseline = InstructionSet<16, 5>;
+using Baseline = InstructionSet<16, 5, 1>;
 #endif
 
 // ---------------------------------------------------------------------------------------------
@@ -182,38 +213,56 @@ std::vector<int32_t> WindowOffsets(const Shape& s) {
   return offsets;
 }
 
-// The region of a position: that of its largest guide feature, the first of equals; NaN counts as
-// larger than any number. Whatever the bytes, it is a region that exists.
-template <typename G>
-INLINE int32_t RegionOf(const G* guide, int32_t regions) {
-  G top = guide[0];
-  bool any_nan = false;
-  for (int32_t j = 0; j < regions; ++j) {
-    top = guide[j] > top ? guide[j] : top;
-    any_nan |= guide[j] != guide[j];
-  }
-  int32_t region = 0;
-  if (any_nan) {
-    while (guide[region] == guide[region]) ++region;
-  } else {
-    for (int32_t j = regions - 1; j >= 0; --j) region = guide[j] == top ? j : region;
-  }
-  return region;
+// An integer for a guide feature, in the same order: the zeros are equal, NaN is the largest.
+INLINE int32_t Rank(float value) {
+  value += 0.0f;  // -0 becomes 0
+  int32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return value != value ? INT32_MAX : bits ^ (bits >> 31 & INT32_MAX);
+}
+INLINE int64_t Rank(double value) {
+  value += 0.0;
+  int64_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return value != value ? INT64_MAX : bits ^ (bits >> 63 & INT64_MAX);
 }
 
-// One sample's positions, region by region; region j's are order[first[j] .. first[j + 1]).
+// The regions of positions: that of the largest guide feature, the first of equals; NaN counts as
+// larger than any number. Whatever the bytes, it is a region that exists.
+template <typename G>
+INLINE void FindRegions(const G* guide, int64_t positions, int64_t regions, int32_t* result) {
+  using Ranks = decltype(Rank(G()));
+  constexpr int64_t kAtOnce = 64;
+  std::unique_ptr<Ranks[]> ranks(new Ranks[kAtOnce * regions]);
+  for (int64_t first = 0; first < positions; first += kAtOnce) {
+    const int64_t count = std::min(kAtOnce, positions - first);
+    for (int64_t i = 0; i < count * regions; ++i) ranks[i] = Rank(guide[first * regions + i]);
+    const Ranks* rank = ranks.get();
+    for (int64_t p = 0; p < count; ++p, rank += regions) {
+      Ranks top = rank[0];
+      int32_t region = 0;
+      for (int64_t j = 1; j < regions; ++j) {
+        region = rank[j] > top ? static_cast<int32_t>(j) : region;
+        top = rank[j] > top ? rank[j] : top;
+      }
+      result[first + p] = region;
+    }
+  }
+}
+
+// One sample's positions, region by region; region j's are order[first[j] .. first[j + 1]). Behind
+// the last, kBehind more are there to be read, so that whoever looks ahead need not look where.
 struct Regions {
+  static constexpr int64_t kBehind = 16;
   std::vector<int32_t> order, first;
 
   template <typename G>
   INLINE void Sort(const G* guide, int64_t positions, int64_t regions) {
     std::vector<int32_t> region(positions);
-    order.resize(positions);
+    order.assign(positions + kBehind, 0);
     first.assign(regions + 1, 0);
-    for (int64_t p = 0; p < positions; ++p, guide += regions) {
-      region[p] = RegionOf(guide, static_cast<int32_t>(regions));
-      ++first[region[p] + 1];
-    }
+    FindRegions(guide, positions, regions, region.data());
+    for (int64_t p = 0; p < positions; ++p) ++first[region[p] + 1];
     for (int64_t j = 0; j < regions; ++j) first[j + 1] += first[j];
     std::vector<int32_t> next(first.begin(), first.end() - 1);
     for (int64_t p = 0; p < positions; ++p) order[next[region[p]]++] = static_cast<int32_t>(p);
@@ -297,22 +346,20 @@ class Workers {
 // ---------------------------------------------------------------------------------------------
 // The products.
 
-// Copies `width` columns of a matrix into a panel, zeros behind.
-template <typename T>
+// Copies `width` columns of a matrix into a panel of `kWidth`, zeros behind.
+template <int64_t kWidth, typename T>
 INLINE void Pack(const T* source, int64_t rows, int64_t stride, int64_t width, T* panel) {
-  for (int64_t r = 0; r < rows; ++r, source += stride, panel += kPanelWidth<T>) {
-    if (width == kPanelWidth<T>) {
-      std::memcpy(panel, source, 64);
+  for (int64_t r = 0; r < rows; ++r, source += stride, panel += kWidth) {
+    if (width == kWidth) {
+      std::memcpy(panel, source, kWidth * sizeof(T));
     } else {
-      for (int64_t i = 0; i < width; ++i) panel[i] = source[i];
-      for (int64_t i = width; i < kPanelWidth<T>; ++i) panel[i] = 0;
+      std::memset(panel, 0, kWidth * sizeof(T));
+      CopyFew<kWidth / 2>(source, width, panel);
     }
   }
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLES
+#ifdef SHUFFLES
 // A square of registers, transposed: each of log2(lanes) rounds interleaves one half with the other.
 template <typename Register, size_t... kLane>
 INLINE void Transpose(Register* square, std::index_sequence<kLane...>) {
@@ -332,17 +379,16 @@ INLINE void Transpose(Register* square, std::index_sequence<kLane...>) {
   }
 }
 #endif
-#endif
 
 // The same for the transpose: `width` rows of a matrix become the panel's columns.
-template <typename Isa, typename T>
+template <typename Isa, int64_t kWidth, typename T>
 INLINE void PackTransposed(const T* source, int64_t columns, int64_t stride, int64_t width,
                            T* panel) {
   int64_t c = 0;
 #ifdef SHUFFLES
   using Register = typename Isa::template Panel<T>::Register;
   constexpr int kLanes = Isa::template Panel<T>::kLanes;
-  for (; width == kPanelWidth<T> && c + kLanes <= columns; c += kLanes)
+  for (; width == kWidth && c + kLanes <= columns; c += kLanes)
     for (int64_t first = 0; first < width; first += kLanes) {
       Register square[kLanes];
 #pragma GCC unroll 16
@@ -351,13 +397,13 @@ INLINE void PackTransposed(const T* source, int64_t columns, int64_t stride, int
       Transpose(square, std::make_index_sequence<kLanes>());
 #pragma GCC unroll 16
       for (int i = 0; i < kLanes; ++i)
-        std::memcpy(panel + (c + i) * kPanelWidth<T> + first, &square[i], sizeof(Register));
+        std::memcpy(panel + (c + i) * kWidth + first, &square[i], sizeof(Register));
     }
 #endif
   for (; c < columns; ++c) {
-    T* const row = panel + c * kPanelWidth<T>;
+    T* const row = panel + c * kWidth;
     for (int64_t i = 0; i < width; ++i) row[i] = source[i * stride + c];
-    for (int64_t i = width; i < kPanelWidth<T>; ++i) row[i] = 0;
+    for (int64_t i = width; i < kWidth; ++i) row[i] = 0;
   }
 }
 
@@ -386,11 +432,20 @@ struct Ahead {
   // `bytes` from `start` on, in about `steps` steps.
   Ahead(const void* start, int64_t bytes, int64_t steps)
       : at(static_cast<const char*>(start)), step(bytes / std::max<int64_t>(1, steps) + 1) {}
+  template <int kLines>
   INLINE void Step() {
-    __builtin_prefetch(at, 0, 2);
+    for (int i = 0; i < kLines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
     at += step;
   }
 };
+
+// Fetches the memory of some panels that will be written: it may lie in another core's cache, or be
+// no cache's.
+template <int kPanels, typename T>
+INLINE void FetchToWrite(T* target) {
+  for (int i = 0; i <= kPanels; ++i)
+    __builtin_prefetch(reinterpret_cast<const char*>(target) + 64 * i, 1);
+}
 
 template <typename T>
 struct Weights {
@@ -398,11 +453,12 @@ struct Weights {
   int64_t stride;
 };
 
-// sums[r] = sum over taps and channels of window[rows[r]][tap][c] * panel[tap][c], for R rows.
-template <typename Isa, int R, typename T>
-INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const Weights<T>& weights,
-                     Ahead& ahead, typename Isa::template Panel<T> (&sums)[R]) {
-  using Panel = typename Isa::template Panel<T>;
+// sums[r] = sum over taps and channels of window[rows[r]][tap][c] * panel[tap][c], for R rows. Those
+// of the R rows in `coming` are fetched: rows lie in no order that hardware would foresee.
+template <int R, typename T, typename Panel>
+INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const int32_t* coming,
+                     const Weights<T>& weights, Ahead& ahead, Panel (&sums)[R]) {
+  constexpr int64_t kLine = 64 / sizeof(T);
   const T* panel = weights.panel;
   Ahead stepping = ahead;
 #pragma GCC unroll 12
@@ -412,9 +468,12 @@ INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const Weigh
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) row[r] = windows.Row(tap, rows[r]);
     for (int64_t c = 0; c < windows.channels; ++c) {
+      if (c % kLine == 0)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) __builtin_prefetch(windows.Row(tap, coming[r]) + c);
       const Panel values = Panel::Load(panel);
       panel += weights.stride;
-      stepping.Step();
+      stepping.template Step<sizeof(Panel) / 64>();
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) sums[r].AddProduct(row[r][c], values);
     }
@@ -422,34 +481,45 @@ INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const Weigh
   ahead = stepping;
 }
 
-// Calls body(R, rows, count) over `count` rows, R a compile-time number: whole blocks of kRows, then
-// one in the smallest of four sizes that holds the rest. `rows` always has R entries, the last
-// repeated where there are fewer; a row's arithmetic is the same whatever block it is in.
+// Calls body(R, rows, count, coming) over `count` rows, R a compile-time number: whole blocks of
+// kRows, then one in the smallest of four sizes that holds the rest. `rows` always has R entries,
+// the last repeated where there are fewer; a row's arithmetic is the same whatever block it is in.
+// `coming` are the rows behind these.
 template <typename Isa, typename Body>
 INLINE void Blocks(const int32_t* rows, int64_t count, const Body& body) {
   constexpr int kRows = Isa::kRows;
   constexpr int kSmall = (kRows + 3) / 4, kHalf = (kRows + 1) / 2, kLarge = (3 * kRows + 3) / 4;
+  static_assert(kRows <= Regions::kBehind);
   for (; count >= kRows; rows += kRows, count -= kRows)
-    body(std::integral_constant<int, kRows>{}, rows, kRows);
+    body(std::integral_constant<int, kRows>{}, rows, kRows, rows + kRows);
   if (count == 0) return;
   int32_t padded[kRows];
   for (int r = 0; r < kRows; ++r) padded[r] = rows[std::min<int64_t>(r, count - 1)];
+  const int32_t* const coming = rows + count;
   if (count <= kSmall) {
-    body(std::integral_constant<int, kSmall>{}, padded, count);
+    body(std::integral_constant<int, kSmall>{}, padded, count, coming);
   } else if (count <= kHalf) {
-    body(std::integral_constant<int, kHalf>{}, padded, count);
+    body(std::integral_constant<int, kHalf>{}, padded, count, coming);
   } else if (count <= kLarge) {
-    body(std::integral_constant<int, kLarge>{}, padded, count);
+    body(std::integral_constant<int, kLarge>{}, padded, count, coming);
   } else {
-    body(std::integral_constant<int, kRows>{}, padded, count);
+    body(std::integral_constant<int, kRows>{}, padded, count, coming);
   }
 }
 
-// Calls body(first, width) for the panels that `columns` columns take.
-template <typename T, typename Body>
+// Calls body(P, first, width) for the panels that `columns` columns take, P of them at once, a
+// compile-time number: kPanels, or one where what is left is no wider.
+template <int kPanels, typename T, typename Body>
 INLINE void Panels(int64_t columns, const Body& body) {
-  for (int64_t first = 0; first < columns; first += kPanelWidth<T>)
-    body(first, std::min(kPanelWidth<T>, columns - first));
+  constexpr int64_t kWidth = kPanelWidth<T, kPanels>;
+  for (int64_t first = 0; first < columns; first += kWidth) {
+    const int64_t width = std::min(kWidth, columns - first);
+    if (width > kPanelWidth<T>) {
+      body(std::integral_constant<int, kPanels>{}, first, width);
+    } else {
+      body(std::integral_constant<int, 1>{}, first, width);
+    }
+  }
 }
 
 // ---------------------------------------------------------------------------------------------
@@ -463,6 +533,7 @@ struct Arrays {
   const int32_t* offsets;  // null where every window is its own position
   const std::vector<Regions>& regions;
   const T* zeros;
+  int64_t threads;
 
   INLINE Windows<T> WindowsOf(int64_t sample, int64_t group) const {
     return {x + sample * shape.in_positions * shape.in + group * shape.in_per_group,
@@ -476,23 +547,30 @@ struct Arrays {
   INLINE const T* Filter(int64_t sample, int64_t region) const {
     return filters + (sample * shape.regions + region) * shape.filter_size();
   }
-  // The filter behind this one, fetched while `rows` rows meet this one.
+  // The filter that is likely needed next, fetched in about `steps` steps: of the next region or,
+  // behind the last, of the sample that this thread will take. Of it, `bytes` from `offset` on.
+  INLINE Ahead FilterAfter(int64_t sample, int64_t region, int64_t offset, int64_t bytes,
+                           int64_t steps) const {
+    const T* const next =
+        region + 1 < shape.regions ? Filter(sample, region + 1) : Filter(sample + threads, 0);
+    return Ahead(next + offset, bytes, steps);
+  }
   template <typename Isa>
-  INLINE Ahead FilterAfter(const T* filter, int64_t rows) const {
+  INLINE Ahead FilterAfter(int64_t sample, int64_t region, int64_t rows) const {
     const int64_t blocks = (rows + Isa::kRows - 1) / Isa::kRows;
-    return Ahead(filter + shape.filter_size(), shape.filter_size() * sizeof(T),
-                 blocks * shape.filter_size() / kPanelWidth<T>);
+    return FilterAfter(sample, region, 0, shape.filter_size() * sizeof(T),
+                       blocks * shape.filter_size() / kPanelWidth<T, Isa::kPanels>);
   }
 };
 
 // One panel of a filter seen as a matrix (taps x in_per_group, features). Where only a few rows will
 // use it and it is whole, it is read in place.
-template <typename T>
+template <int64_t kWidth, typename T>
 INLINE Weights<T> FilterPanel(const Shape& shape, const T* filter, int64_t column, int64_t width,
                               int64_t rows_to_come, T* buffer) {
-  if (width == kPanelWidth<T> && rows_to_come <= 12) return {filter + column, shape.features};
-  Pack(filter + column, shape.taps * shape.in_per_group, shape.features, width, buffer);
-  return {buffer, kPanelWidth<T>};
+  if (width == kWidth && rows_to_come <= 12) return {filter + column, shape.features};
+  Pack<kWidth>(filter + column, shape.taps * shape.in_per_group, shape.features, width, buffer);
+  return {buffer, kWidth};
 }
 
 // A sample's rows in `parts` about equal parts, so that a small batch feeds many threads.
@@ -518,26 +596,33 @@ struct ForwardTask {
     const Slice slice(number, parts, shape.positions);
     const Regions& regions = arrays.regions[slice.sample];
     const int32_t* const order = regions.order.data();
-    std::unique_ptr<T[]> buffer(new T[shape.taps * shape.in_per_group * kPanelWidth<T>]);
+    std::unique_ptr<T[]> buffer(
+        new T[shape.taps * shape.in_per_group * kPanelWidth<T, Isa::kPanels>]);
     T* const y = this->y + slice.sample * shape.positions * shape.features;
     for (int64_t j = 0; j < shape.regions; ++j) {
       const int64_t begin = std::max<int64_t>(slice.begin, regions.first[j]);
       const int64_t end = std::min<int64_t>(slice.end, regions.first[j + 1]);
       if (begin >= end) continue;
       const T* const filter = arrays.Filter(slice.sample, j);
-      Ahead ahead = arrays.template FilterAfter<Isa>(filter, end - begin);
+      Ahead ahead = arrays.template FilterAfter<Isa>(slice.sample, j, end - begin);
       for (int64_t g = 0; g < shape.groups; ++g) {
         const Windows<T> windows = arrays.WindowsOf(slice.sample, g);
-        Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+        Panels<Isa::kPanels, T>(shape.features_per_group, [&](auto panels, int64_t first,
+                                                              int64_t width) INLINE_LAMBDA {
+          constexpr int P = decltype(panels)::value;
           const int64_t column = g * shape.features_per_group + first;
-          const Weights<T> weights =
-              FilterPanel(shape, filter, column, width, end - begin, buffer.get());
-          Blocks<Isa>(order + begin, end - begin, [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
+          const Weights<T> weights = FilterPanel<kPanelWidth<T, P>>(shape, filter, column, width,
+                                                                    end - begin, buffer.get());
+          Blocks<Isa>(order + begin, end - begin, [&](auto size, const int32_t* rows, int64_t count,
+                                                      const int32_t* coming) INLINE_LAMBDA {
             constexpr int R = decltype(size)::value;
-            typename Isa::template Panel<T> sums[R];
-            Multiply<Isa, R, T>(windows, rows, weights, ahead, sums);
+            typename Isa::template Panel<T, P> sums[R];
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r)
+              FetchToWrite<P>(y + rows[r] * shape.features + column);
+            Multiply(windows, rows, coming, weights, ahead, sums);
             for (int64_t r = 0; r < count; ++r)
-              Store<Isa, T>(sums[r], width, y + rows[r] * shape.features + column);
+              Store(sums[r], width, y + rows[r] * shape.features + column);
           });
         });
       }
@@ -557,8 +642,8 @@ struct ScoresTask {
 
   template <typename Isa>
   INLINE void Run(int64_t number) const {
-    using Panel = typename Isa::template Panel<T>;
-    using Register = typename Panel::Register;
+    using Register = typename Isa::template Panel<T>::Register;
+    constexpr int64_t kMost = kPanelWidth<T, Isa::kPanels>;
     const Shape& shape = arrays.shape;
     const Slice slice(number, parts, shape.positions);
     const Regions& regions = arrays.regions[slice.sample];
@@ -567,126 +652,138 @@ struct ScoresTask {
     const T* const y = this->y + at * shape.features;
     const T* const dy = this->dy + at * shape.features;
     T* const scores = this->scores + at * shape.regions;
-    std::unique_ptr<T[]> buffer(new T[shape.taps * shape.in_per_group * kPanelWidth<T>]);
+    std::unique_ptr<T[]> buffer(
+        new T[shape.taps * shape.in_per_group * kPanelWidth<T, Isa::kPanels>]);
     const int64_t rows_here = slice.end - slice.begin;
     std::unique_ptr<Register[]> sums_of(new Register[rows_here]);
     // The cotangents of the panels that are not whole, zeros behind: every region reads them.
-    const int64_t tail = shape.features_per_group % kPanelWidth<T>;
-    std::unique_ptr<T[]> tails(new T[tail ? shape.groups * rows_here * kPanelWidth<T> : 0]);
+    const int64_t tail = shape.features_per_group % kMost;
+    std::unique_ptr<T[]> tails(new T[tail ? shape.groups * rows_here * kMost : 0]);
     for (int64_t g = 0; tail && g < shape.groups; ++g)
       for (int64_t row = 0; row < rows_here; ++row)
-        Pack<T>(dy + order[slice.begin + row] * shape.features +
-                    (g + 1) * shape.features_per_group - tail,
-                1, 0, tail, &tails[(g * rows_here + row) * kPanelWidth<T>]);
-    const auto cotangent = [&](int64_t row, int64_t column, int64_t width) INLINE_LAMBDA {
-      if (width == kPanelWidth<T>) return Panel::Load(dy + order[row] * shape.features + column);
-      const int64_t g = column / shape.features_per_group;
-      return Panel::Load(&tails[(g * rows_here + row - slice.begin) * kPanelWidth<T>]);
-    };
-    // Panel by panel, products with dy gather in a register for each row; lanes are added up once.
-    const auto gather = [&](int64_t row, int64_t column, const Panel& with, const Panel& values)
-                            INLINE_LAMBDA {
-      const Register products = values.Products(with);
-      sums_of[row - slice.begin] =
-          column == 0 ? products : sums_of[row - slice.begin] + products;
-    };
+        Pack<kMost>(dy + order[slice.begin + row] * shape.features +
+                        (g + 1) * shape.features_per_group - tail,
+                    1, 0, tail, &tails[(g * rows_here + row) * kMost]);
     for (int64_t j = 0; j < shape.regions; ++j) {
       const int64_t own_begin = std::clamp<int64_t>(regions.first[j], slice.begin, slice.end);
       const int64_t own_end = std::clamp<int64_t>(regions.first[j + 1], slice.begin, slice.end);
-      for (int64_t g = 0; g < shape.groups; ++g)
-        Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+      const int64_t others = rows_here - (own_end - own_begin);
+      const T* const filter = arrays.Filter(slice.sample, j);
+      Ahead ahead = arrays.template FilterAfter<Isa>(slice.sample, j, others);
+      for (int64_t g = 0; g < shape.groups; ++g) {
+        const Windows<T> windows = arrays.WindowsOf(slice.sample, g);
+        Panels<Isa::kPanels, T>(shape.features_per_group, [&](auto panels, int64_t first,
+                                                              int64_t width) INLINE_LAMBDA {
+          using Panel = typename Isa::template Panel<T, decltype(panels)::value>;
+          constexpr int64_t kWidth = kPanelWidth<T, decltype(panels)::value>;
           const int64_t column = g * shape.features_per_group + first;
+          // Panel by panel, products with dy gather in a register for each row; its lanes are added
+          // up with the last.
+          const auto gather = [&](int64_t row, const Panel& values) INLINE_LAMBDA {
+            const T* const cotangents =
+                width == kMost ? dy + order[row] * shape.features + column
+                               : &tails[(g * rows_here + row - slice.begin) * kMost];
+            Register products = values.Products(Panel::Load(cotangents));
+            if (column > 0) products += sums_of[row - slice.begin];
+            if (column + width < shape.features) {
+              sums_of[row - slice.begin] = products;
+            } else {
+              scores[order[row] * shape.regions + j] = Panel::Sum(products);
+            }
+          };
           for (int64_t row = own_begin; row < own_end; ++row) {
             const T* const own = y + order[row] * shape.features + column;
-            T padded[kPanelWidth<T>];
-            if (width < kPanelWidth<T>) Pack<T>(own, 1, 0, width, padded);
-            gather(row, column, cotangent(row, column, width),
-                   Panel::Load(width < kPanelWidth<T> ? padded : own));
+            T padded[kWidth];
+            if (width < kWidth) Pack<kWidth>(own, 1, 0, width, padded);
+            gather(row, Panel::Load(width < kWidth ? padded : own));
           }
-        });
-      const int64_t others = slice.end - slice.begin - (own_end - own_begin);
-      const T* const filter = arrays.Filter(slice.sample, j);
-      Ahead ahead = arrays.template FilterAfter<Isa>(filter, others);
-      for (int64_t g = 0; g < shape.groups && others > 0; ++g) {
-        const Windows<T> windows = arrays.WindowsOf(slice.sample, g);
-        Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
-          const int64_t column = g * shape.features_per_group + first;
+          if (others == 0) return;
           const Weights<T> weights =
-              FilterPanel(shape, filter, column, width, others, buffer.get());
+              FilterPanel<kWidth>(shape, filter, column, width, others, buffer.get());
           int64_t row = slice.begin;
-          const auto fold = [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
+          const auto fold = [&](auto size, const int32_t* rows, int64_t count,
+                                const int32_t* coming) INLINE_LAMBDA {
             constexpr int R = decltype(size)::value;
             Panel sums[R];
-            Multiply<Isa, R, T>(windows, rows, weights, ahead, sums);
-            for (int64_t r = 0; r < count; ++r, ++row)
-              gather(row, column, cotangent(row, column, width), sums[r]);
+            Multiply(windows, rows, coming, weights, ahead, sums);
+            for (int64_t r = 0; r < count; ++r, ++row) gather(row, sums[r]);
           };
           Blocks<Isa>(order + slice.begin, own_begin - slice.begin, fold);
           row = own_end;
           Blocks<Isa>(order + own_end, slice.end - own_end, fold);
         });
       }
-      for (int64_t row = slice.begin; row < slice.end; ++row)
-        scores[order[row] * shape.regions + j] = Panel::Sum(sums_of[row - slice.begin]);
     }
   }
 };
 
-// dx, for one panel of the channels of one sample. Different panels touch different values, and
+// dx, for one strip of the channels of one sample. Different strips touch different values, and
 // within one tap no input position is met twice.
 template <typename T>
 struct InputGradientTask {
   using Value = T;
+  static constexpr int64_t kStrip = 2 * kPanelWidth<T>;
   const Arrays<T>& arrays;
-  int64_t panels_per_group;
+  int64_t strips_per_group;
   const T* dy;
   T* dx;
 
   template <typename Isa>
   INLINE void Run(int64_t number) const {
     const Shape& shape = arrays.shape;
-    const int64_t panels = panels_per_group * shape.groups;
-    const int64_t sample = number / panels, g = number % panels / panels_per_group;
-    const int64_t first = number % panels_per_group * kPanelWidth<T>;
-    const int64_t width = std::min(kPanelWidth<T>, shape.in_per_group - first);
+    const int64_t strips = strips_per_group * shape.groups;
+    const int64_t sample = number / strips, g = number % strips / strips_per_group;
+    const int64_t start = number % strips_per_group * kStrip;
     const Regions& regions = arrays.regions[sample];
     const Windows<T> cotangents = {
         dy + sample * shape.positions * shape.features + g * shape.features_per_group,
         shape.features, shape.features_per_group, 1, nullptr, shape.positions, nullptr};
-    T* const dx = this->dx + sample * shape.in_positions * shape.in + g * shape.in_per_group + first;
-    if (arrays.offsets) {
-      for (int64_t q = 0; q < shape.in_positions; ++q)
-        for (int64_t i = 0; i < width; ++i) dx[q * shape.in + i] = 0;
-    }
-    std::unique_ptr<T[]> panel(new T[shape.features_per_group * kPanelWidth<T>]);
-    Ahead ahead(nullptr, 0, 1);
-    for (int64_t j = 0; j < shape.regions; ++j) {
-      if (regions.first[j] == regions.first[j + 1]) continue;
-      for (int64_t tap = 0; tap < shape.taps; ++tap) {
-        const T* filter = arrays.Filter(sample, j) +
-                          (tap * shape.in_per_group + first) * shape.features +
-                          g * shape.features_per_group;
-        PackTransposed<Isa>(filter, shape.features_per_group, shape.features, width, panel.get());
-        const Weights<T> weights = {panel.get(), kPanelWidth<T>};
-        Blocks<Isa>(regions.order.data() + regions.first[j], regions.first[j + 1] - regions.first[j],
-                    [&](auto size, const int32_t* rows, int64_t count) INLINE_LAMBDA {
-          constexpr int R = decltype(size)::value;
-          typename Isa::template Panel<T> sums[R];
-          Multiply<Isa, R, T>(cotangents, rows, weights, ahead, sums);
-          for (int64_t r = 0; r < count; ++r) {
-            if (!arrays.offsets) {
-              Store<Isa, T>(sums[r], width, dx + rows[r] * shape.in);
-              continue;
-            }
-            const int64_t q = arrays.offsets[tap * shape.positions + rows[r]];
-            if (q < 0) continue;
-            T values[kPanelWidth<T>];
-            sums[r].Spill(values);
-            for (int64_t i = 0; i < width; ++i) dx[q * shape.in + i] += values[i];
-          }
-        });
+    std::unique_ptr<T[]> panel(new T[shape.features_per_group * kPanelWidth<T, Isa::kPanels>]);
+    Panels<Isa::kPanels, T>(std::min(kStrip, shape.in_per_group - start),
+                   [&](auto panels, int64_t first, int64_t width) INLINE_LAMBDA {
+      constexpr int64_t kWidth = kPanelWidth<T, decltype(panels)::value>;
+      const int64_t channel = start + first;
+      T* const dx =
+          this->dx + sample * shape.in_positions * shape.in + g * shape.in_per_group + channel;
+      if (arrays.offsets) {
+        for (int64_t q = 0; q < shape.in_positions; ++q)
+          for (int64_t i = 0; i < width; ++i) dx[q * shape.in + i] = 0;
       }
-    }
+      for (int64_t j = 0; j < shape.regions; ++j) {
+        const int64_t count = regions.first[j + 1] - regions.first[j];
+        if (count == 0) continue;
+        for (int64_t tap = 0; tap < shape.taps; ++tap) {
+          const T* filter = arrays.Filter(sample, j) +
+                            (tap * shape.in_per_group + channel) * shape.features +
+                            g * shape.features_per_group;
+          PackTransposed<Isa, kWidth>(filter, shape.features_per_group, shape.features, width,
+                                      panel.get());
+          const Weights<T> weights = {panel.get(), kWidth};
+          const int64_t blocks = (count + Isa::kRows - 1) / Isa::kRows;
+          Ahead ahead = arrays.FilterAfter(sample, j, filter - arrays.Filter(sample, j),
+                                           width * shape.features * sizeof(T),
+                                           blocks * shape.features_per_group);
+          Blocks<Isa>(regions.order.data() + regions.first[j], count,
+                      [&](auto size, const int32_t* rows, int64_t count, const int32_t* coming)
+                          INLINE_LAMBDA {
+            constexpr int R = decltype(size)::value;
+            typename Isa::template Panel<T, decltype(panels)::value> sums[R];
+            Multiply(cotangents, rows, coming, weights, ahead, sums);
+            for (int64_t r = 0; r < count; ++r) {
+              if (!arrays.offsets) {
+                Store(sums[r], width, dx + rows[r] * shape.in);
+                continue;
+              }
+              const int64_t q = arrays.offsets[tap * shape.positions + rows[r]];
+              if (q < 0) continue;
+              T values[kWidth];
+              sums[r].Spill(values);
+              for (int64_t i = 0; i < width; ++i) dx[q * shape.in + i] += values[i];
+            }
+          });
+        }
+      }
+    });
   }
 };
 
@@ -719,21 +816,21 @@ struct FilterGradientTask {
     std::iota(channels.begin(), channels.end(), 0);
     for (int64_t g = 0; g < shape.groups; ++g) {
       const Windows<T> windows = arrays.WindowsOf(sample, g);
-      Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+      Panels<1, T>(shape.features_per_group, [&](auto, int64_t first, int64_t width) INLINE_LAMBDA {
         T* panel = panels.get() + first * count;
         for (int64_t i = 0; i < count; ++i, panel += kPanelWidth<T>)
-          Pack<T>(dy + rows[i] * shape.features + g * shape.features_per_group + first, 1, 0,
-                     width, panel);
+          Pack<kPanelWidth<T>>(dy + rows[i] * shape.features + g * shape.features_per_group + first, 1, 0,
+                       width, panel);
       });
       for (int64_t tap = 0; tap < shape.taps; ++tap) {
         Blocks<Isa>(channels.data(), shape.in_per_group,
-                    [&](auto size, const int32_t* channel, int64_t channel_count) INLINE_LAMBDA {
+                    [&](auto size, const int32_t* channel, int64_t channel_count, const int32_t*) INLINE_LAMBDA {
           constexpr int R = decltype(size)::value;
           for (int64_t i = 0; i < count; ++i) {
             const T* row = windows.Row(tap, rows[i]);
             for (int r = 0; r < R; ++r) values[i * R + r] = row[channel[r]];
           }
-          Panels<T>(shape.features_per_group, [&](int64_t first, int64_t width) INLINE_LAMBDA {
+          Panels<1, T>(shape.features_per_group, [&](auto, int64_t first, int64_t width) INLINE_LAMBDA {
             const T* panel = panels.get() + first * count;
             Panel sums[R];
 #pragma GCC unroll 12
@@ -744,7 +841,7 @@ struct FilterGradientTask {
               for (int r = 0; r < R; ++r) sums[r].AddProduct(values[i * R + r], weights);
             }
             for (int64_t r = 0; r < channel_count; ++r)
-              Store<Isa, T>(sums[r], width,
+              Store(sums[r], width,
                             gradient + (tap * shape.in_per_group + channel[r]) * shape.features +
                                 g * shape.features_per_group + first);
           });
@@ -896,8 +993,9 @@ struct NeededTask {
 
   template <typename Isa>
   INLINE void Run(int64_t sample) const {
-    for (int64_t p = sample * positions; p < (sample + 1) * positions; ++p)
-      needed[sample * m + RegionOf(guide + p * m, static_cast<int32_t>(m))] = 1;
+    std::vector<int32_t> region(positions);
+    FindRegions(guide + sample * positions * m, positions, m, region.data());
+    for (int64_t p = 0; p < positions; ++p) needed[sample * m + region[p]] = 1;
   }
 };
 
@@ -919,7 +1017,7 @@ struct MixTask {
     for (int64_t row = 0; row < shape.rows(); ++row)
       if (needed.empty() || needed[shape.regions > 1 ? row / shape.taps * shape.regions + chunk.region : row])
         made.push_back(row);
-    Blocks<Isa>(made.data(), made.size(), [&](auto block, const int32_t* rows, int64_t count)
+    Blocks<Isa>(made.data(), made.size(), [&](auto block, const int32_t* rows, int64_t count, const int32_t* coming)
                                               INLINE_LAMBDA {
       constexpr int R = decltype(block)::value;
       const T* weight[R];
@@ -939,7 +1037,7 @@ struct MixTask {
         }
         const int64_t at = p * kPanelWidth<T>;
         const int64_t width = std::min(kPanelWidth<T>, shape.size - chunk.first - at);
-        for (int64_t r = 0; r < count; ++r) Store<Isa, T>(sums[r], width, filter[r] + at);
+        for (int64_t r = 0; r < count; ++r) Store(sums[r], width, filter[r] + at);
       }
     });
   }
@@ -977,7 +1075,7 @@ struct MixGradientTask {
       const T* source = dfilters + shape.FilterAt(row, chunk.region) + at;
       T padded[kPanelWidth<T>];
       if (shape.size - at < kPanelWidth<T>) {
-        Pack<T>(source, 1, 0, shape.size - at, padded);
+        Pack<kPanelWidth<T>>(source, 1, 0, shape.size - at, padded);
         source = padded;
       }
       return Panel::Load(source);
@@ -985,7 +1083,7 @@ struct MixGradientTask {
     for (int64_t p = 0; p < chunk.panels; ++p) {
       const int64_t at = chunk.first + p * kPanelWidth<T>;
       const int64_t width = std::min(kPanelWidth<T>, shape.size - at);
-      Blocks<Isa>(all.data(), shape.n + 1, [&](auto block, const int32_t* which, int64_t count)
+      Blocks<Isa>(all.data(), shape.n + 1, [&](auto block, const int32_t* which, int64_t count, const int32_t*)
                                                INLINE_LAMBDA {
         constexpr int R = decltype(block)::value;
         Panel sums[R];
@@ -1001,13 +1099,13 @@ struct MixGradientTask {
           T* const target = which[r] == ones
                                 ? dbias + chunk.region * shape.size
                                 : dbank + (chunk.region * shape.n + which[r]) * shape.size;
-          Store<Isa, T>(sums[r], width, target + at);
+          Store(sums[r], width, target + at);
         }
       });
     }
     T* const part = parts + number % shape.chunks<T>() * rows * shape.regions * shape.n;
     for (int64_t row = 0; row < rows; ++row)
-      Blocks<Isa>(all.data(), shape.n, [&](auto block, const int32_t* which, int64_t count)
+      Blocks<Isa>(all.data(), shape.n, [&](auto block, const int32_t* which, int64_t count, const int32_t*)
                                            INLINE_LAMBDA {
         constexpr int R = decltype(block)::value;
         typename Panel::Register sums[R] = {};
@@ -1132,8 +1230,13 @@ struct Prepared {
         offsets(Pointwise(shape) ? std::vector<int32_t>() : WindowOffsets(shape)),
         regions(shape.batch),
         zeros(shape.in_per_group),
-        arrays{shape,   x.data(),    filters.data(), Pointwise(shape) ? nullptr : offsets.data(),
-               regions, zeros.data()},
+        arrays{shape,
+               x.data(),
+               filters.data(),
+               Pointwise(shape) ? nullptr : offsets.data(),
+               regions,
+               zeros.data(),
+               workers.threads()},
         parts(1) {
     if (guide.element_type() == ffi::DataType::F64) {
       workers.For(shape.batch, SortTask<double>{shape, guide.typed_data<double>(), regions});
@@ -1163,8 +1266,13 @@ void Backward(const Shape& shape, Workers& workers, const void* x, const void* f
   const int64_t out_size = shape.positions * shape.features;
   const Widened<S, T> output(workers, y, shape.batch, out_size);
   const Widened<S, T> cotangent(workers, dy, shape.batch, out_size);
-  workers.For(shape.batch * call.parts, ScoresTask<T>{call.arrays, call.parts, output.data(),
-                                                      cotangent.data(), static_cast<T*>(scores)});
+  // Every filter meets all rows of a slice, which should stay in a core's second cache.
+  constexpr int64_t kCached = 512 << 10;
+  const int64_t slice = shape.in_positions * shape.in + shape.positions * shape.features;
+  const int64_t parts = std::max(
+      call.parts, std::min<int64_t>(slice * sizeof(T) / kCached, shape.positions / 64));
+  workers.For(shape.batch * parts, ScoresTask<T>{call.arrays, parts, output.data(),
+                                                 cotangent.data(), static_cast<T*>(scores)});
 
   Narrowed<S, T> filter_gradient(dfilters, shape.batch, shape.regions * shape.filter_size());
   workers.For(shape.batch * shape.regions,
@@ -1172,10 +1280,11 @@ void Backward(const Shape& shape, Workers& workers, const void* x, const void* f
   filter_gradient.Finish(workers);
 
   Narrowed<S, T> input_gradient(dx, shape.batch, shape.in_positions * shape.in);
-  const int64_t panels = (shape.in_per_group + kPanelWidth<T> - 1) / kPanelWidth<T>;
+  constexpr int64_t kStrip = InputGradientTask<T>::kStrip;
+  const int64_t strips = (shape.in_per_group + kStrip - 1) / kStrip;
   workers.For(
-      shape.batch * shape.groups * panels,
-      InputGradientTask<T>{call.arrays, panels, cotangent.data(), input_gradient.data()});
+      shape.batch * shape.groups * strips,
+      InputGradientTask<T>{call.arrays, strips, cotangent.data(), input_gradient.data()});
   input_gradient.Finish(workers);
 }
 

@@ -8,7 +8,7 @@ folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
 
 build() { # compiler, name, options
-  "$1" -std=c++17 -O3 -Wno-psabi -isystem "$include" "${@:3}" sanitize.cc -o "$folder/$2" -pthread
+  "$1" -std=c++17 -O2 -ftree-vectorize -Wno-psabi -isystem "$include" "${@:3}" sanitize.cc -o "$folder/$2" -pthread
 }
 
 build g++ avx512 # or the best that this processor has

@@ -99,7 +99,7 @@ Shape DrawShape() {
   s.batch = Draw(0, 9) ? Draw(1, 5) : 0;
   s.groups = Draw(1, 3);
   s.in_per_group = Draw(1, 40);
-  s.features_per_group = Draw(1, 40);
+  s.features_per_group = Draw(1, 70);
   s.in = s.groups * s.in_per_group;
   s.features = s.groups * s.features_per_group;
   s.regions = Draw(0, 4) ? Draw(1, 9) : 33;
