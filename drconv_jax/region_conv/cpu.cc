@@ -819,31 +819,38 @@ struct FilterGradientTask {
       Panels<1, T>(shape.features_per_group, [&](auto, int64_t first, int64_t width) INLINE_LAMBDA {
         T* panel = panels.get() + first * count;
         for (int64_t i = 0; i < count; ++i, panel += kPanelWidth<T>)
-          Pack<kPanelWidth<T>>(dy + rows[i] * shape.features + g * shape.features_per_group + first, 1, 0,
-                       width, panel);
+          Pack<kPanelWidth<T>>(
+              dy + rows[i] * shape.features + g * shape.features_per_group + first, 1, 0, width,
+              panel);
       });
       for (int64_t tap = 0; tap < shape.taps; ++tap) {
         Blocks<Isa>(channels.data(), shape.in_per_group,
-                    [&](auto size, const int32_t* channel, int64_t channel_count, const int32_t*) INLINE_LAMBDA {
+                    [&](auto size, const int32_t* channel, int64_t channel_count, const int32_t*)
+                        INLINE_LAMBDA {
           constexpr int R = decltype(size)::value;
           for (int64_t i = 0; i < count; ++i) {
             const T* row = windows.Row(tap, rows[i]);
+            __builtin_prefetch(windows.Row(tap, rows[i + Regions::kBehind / 2]) + channel[0]);
             for (int r = 0; r < R; ++r) values[i * R + r] = row[channel[r]];
           }
           Panels<1, T>(shape.features_per_group, [&](auto, int64_t first, int64_t width) INLINE_LAMBDA {
             const T* panel = panels.get() + first * count;
+            T* const target = gradient + g * shape.features_per_group + first;
+            const auto at = [&](int r) INLINE_LAMBDA {
+              return target + (tap * shape.in_per_group + channel[r]) * shape.features;
+            };
             Panel sums[R];
 #pragma GCC unroll 12
-            for (int r = 0; r < R; ++r) sums[r] = Panel::Zero();
+            for (int r = 0; r < R; ++r) {
+              sums[r] = Panel::Zero();
+              FetchToWrite<1>(at(r));
+            }
             for (int64_t i = 0; i < count; ++i, panel += kPanelWidth<T>) {
               const Panel weights = Panel::Load(panel);
 #pragma GCC unroll 12
               for (int r = 0; r < R; ++r) sums[r].AddProduct(values[i * R + r], weights);
             }
-            for (int64_t r = 0; r < channel_count; ++r)
-              Store(sums[r], width,
-                            gradient + (tap * shape.in_per_group + channel[r]) * shape.features +
-                                g * shape.features_per_group + first);
+            for (int64_t r = 0; r < channel_count; ++r) Store(sums[r], width, at(r));
           });
         });
       }
@@ -899,6 +906,7 @@ class Widened {
       data_ = static_cast<const T*>(source);
     } else {
       copy_.reset(new T[batch * size]);
+      PreferLargePages(copy_.get(), batch * size * sizeof(T));
       workers.For(batch, ConvertTask<S, T>{size, static_cast<const S*>(source), copy_.get()});
       data_ = copy_.get();
     }
@@ -917,7 +925,10 @@ class Narrowed {
   Narrowed(void* target, int64_t batch, int64_t size)
       : target_(static_cast<S*>(target)), batch_(batch), size_(size) {
     PreferLargePages(target, batch * size * sizeof(S));
-    if constexpr (!std::is_same_v<S, T>) copy_.reset(new T[batch * size]);
+    if constexpr (!std::is_same_v<S, T>) {
+      copy_.reset(new T[batch * size]);
+      PreferLargePages(copy_.get(), batch * size * sizeof(T));
+    }
   }
   T* data() const {
     if constexpr (std::is_same_v<S, T>) {
