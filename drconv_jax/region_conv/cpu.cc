@@ -1187,29 +1187,35 @@ void MixBackward(const MixShape& shape, Workers& workers, const void* weights, c
 
 using Numbers = ffi::Span<const int64_t>;
 
+// x (batch, *spatial, in), filters (batch, m, *kernel, in / groups, features) and guide (batch, *out,
+// m), with one to three spatial dimensions; fewer than three are the last ones.
 ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::AnyBuffer guide,
                               Numbers strides, Numbers low, Numbers dilation, int64_t groups) {
   const auto xs = x.dimensions(), ws = filters.dimensions(), gs = guide.dimensions();
-  if (xs.size() != 5 || ws.size() != 7 || gs.size() != 5 || gs[4] != ws[1] || strides.size() != 3 ||
-      low.size() != 3 || dilation.size() != 3 ||
+  const size_t rank = strides.size();
+  if (rank < 1 || rank > 3 || xs.size() != rank + 2 || ws.size() != rank + 4 ||
+      gs.size() != rank + 2 || gs[rank + 1] != ws[1] || low.size() != rank ||
+      dilation.size() != rank ||
       (guide.element_type() != ffi::DataType::F32 && guide.element_type() != ffi::DataType::F64))
     return ffi::Unexpected(ffi::Error::InvalidArgument("region_conv: malformed call"));
   Shape s;
   s.batch = xs[0];
-  s.in = xs[4];
+  s.in = xs[rank + 1];
   s.regions = ws[1];
-  s.features = ws[6];
+  s.features = ws[rank + 3];
   s.groups = groups;
-  s.in_per_group = ws[5];
+  s.in_per_group = ws[rank + 2];
   s.features_per_group = s.features / groups;
+  s.spatial = s.kernel = s.out = s.strides = s.dilation = {1, 1, 1};
+  s.low = {0, 0, 0};
   s.positions = s.in_positions = s.taps = 1;
-  for (int d = 0; d < 3; ++d) {
-    s.spatial[d] = xs[1 + d];
-    s.kernel[d] = ws[2 + d];
-    s.out[d] = gs[1 + d];
-    s.strides[d] = strides[d];
-    s.low[d] = low[d];
-    s.dilation[d] = dilation[d];
+  for (size_t i = 0, d = 3 - rank; i < rank; ++i, ++d) {
+    s.spatial[d] = xs[1 + i];
+    s.kernel[d] = ws[2 + i];
+    s.out[d] = gs[1 + i];
+    s.strides[d] = strides[i];
+    s.low[d] = low[i];
+    s.dilation[d] = dilation[i];
     s.positions *= s.out[d];
     s.in_positions *= s.spatial[d];
     s.taps *= s.kernel[d];

@@ -55,9 +55,9 @@ def does(dtype: jnp.dtype) -> bool:
 def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
     arguments, attributes = _prepare(statics, x, filters, guide_features)
-    shape = jax.ShapeDtypeStruct((*arguments[2].shape[:-1], filters.shape[-1]), x.dtype)
+    shape = jax.ShapeDtypeStruct((*guide_features.shape[:-1], filters.shape[-1]), x.dtype)
     y: Array = jax.ffi.ffi_call(_FORWARD, shape)(*arguments, **attributes)
-    return y.reshape(*guide_features.shape[:-1], y.shape[-1])
+    return y
 
 
 def backward(
@@ -69,7 +69,7 @@ def backward(
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2]]
     call = jax.ffi.ffi_call(_BACKWARD, (*like, scores))
     dx, dfilters, scores_of = call(*arguments, y, dy, **attributes)
-    return dx.reshape(x.shape), dfilters.reshape(filters.shape), scores_of
+    return dx, dfilters, scores_of
 
 
 def mix(weights: Array, bank: Array, bias: Array, guide_features: Array) -> Array:
@@ -91,7 +91,7 @@ def mix_backward(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, A
 def _prepare(
     statics: Statics, x: Array, filters: Array, guide_features: Array
 ) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
-    """Arguments with three spatial dimensions each, and the attributes that go with them."""
+    """The kernel's arguments, never reshaped (XLA may copy what gains an axis); attributes."""
     if not available():
         raise NotImplementedError(
             'implementation "cpu" is not there: the package was installed without a C++ compiler.'
@@ -99,15 +99,11 @@ def _prepare(
     if not does(x.dtype):
         raise NotImplementedError(f'implementation "cpu" does not do {x.dtype}.')
     window = statics.window
-    missing = 3 - len(window.strides)
     attributes = {
-        "strides": np.array((1,) * missing + window.strides, np.int64),
-        "low": np.array((0,) * missing + tuple(low for low, _ in window.padding), np.int64),
-        "dilation": np.array((1,) * missing + window.dilation, np.int64),
+        "strides": np.array(window.strides, np.int64),
+        "low": np.array([low for low, _ in window.padding], np.int64),
+        "dilation": np.array(window.dilation, np.int64),
         "groups": np.int64(statics.groups),
     }
-    x = jnp.expand_dims(x, range(1, 1 + missing))
-    filters = jnp.expand_dims(filters, range(2, 2 + missing))
     guide = guide_features.astype(accumulator(guide_features.dtype))
-    guide = jnp.expand_dims(guide, range(1, 1 + missing))
     return (x, filters, guide), attributes
