@@ -200,10 +200,13 @@ def test_every_implementation_agrees_with_the_definition(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", FAST)
-@pytest.mark.parametrize("channels,features,size,regions", [(58, 58, 9, 8), (33, 17, 16, 33)])
-def test_wide_layers_agree(implementation, channels, features, size, regions):
+@pytest.mark.parametrize(
+    "channels,features,size,regions,kernel",
+    [(58, 58, 9, 8, 1), (33, 17, 16, 33, 1), (60, 45, 6, 8, 3)],
+)
+def test_wide_layers_agree(implementation, channels, features, size, regions, kernel):
     arguments, kw, dy = draw(
-        4, channels=channels, features=features, size=size, regions=regions, kernel=1
+        4, channels=channels, features=features, size=size, regions=regions, kernel=kernel
     )
     expected = outputs_and_gradients("reference", arguments, kw, dy)
     assert_agree(outputs_and_gradients(implementation, arguments, kw, dy), expected, 2e-6)

@@ -114,21 +114,25 @@ struct InstructionSet {
 
     static INLINE Panel Zero() {
       Panel zero;
+#pragma GCC unroll 8
       for (int i = 0; i < kRegisters; ++i) zero.part[i] = Register{};
       return zero;
     }
     static INLINE Panel Load(const T* source) {
       Panel panel;
+#pragma GCC unroll 8
       for (int i = 0; i < kRegisters; ++i)
         std::memcpy(&panel.part[i], source + i * kLanes, kRegisterBytes);
       return panel;
     }
     INLINE void AddProduct(T scalar, const Panel& other) {
+#pragma GCC unroll 8
       for (int i = 0; i < kRegisters; ++i) part[i] += scalar * other.part[i];
     }
     // The products with another panel, folded onto one register; Sum adds up its lanes.
     INLINE Register Products(const Panel& other) const {
       Register products = part[0] * other.part[0];
+#pragma GCC unroll 8
       for (int i = 1; i < kRegisters; ++i) products += part[i] * other.part[i];
       return products;
     }
@@ -429,9 +433,6 @@ struct Ahead {
   const char* at;
   int64_t step;
 
-  // `bytes` from `start` on, in about `steps` steps.
-  Ahead(const void* start, int64_t bytes, int64_t steps)
-      : at(static_cast<const char*>(start)), step(bytes / std::max<int64_t>(1, steps) + 1) {}
   template <int kLines>
   INLINE void Step() {
     for (int i = 0; i < kLines; ++i) __builtin_prefetch(at + 64 * i, 0, 2);
@@ -453,32 +454,42 @@ struct Weights {
   int64_t stride;
 };
 
-// sums[r] = sum over taps and channels of window[rows[r]][tap][c] * panel[tap][c], for R rows. Those
-// of the R rows in `coming` are fetched: rows lie in no order that hardware would foresee.
+// sums[r] += sum over the channels from `channel` on, `count` of them, of window[rows[r]][tap][c] *
+// panel[c], for R rows. Those of the R rows in `coming` are fetched: rows lie in no order that
+// hardware would foresee.
 template <int R, typename T, typename Panel>
-INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const int32_t* coming,
-                     const Weights<T>& weights, Ahead& ahead, Panel (&sums)[R]) {
+INLINE void AddProducts(const Windows<T>& windows, int64_t tap, int64_t channel, int64_t count,
+                        const int32_t* rows, const int32_t* coming, const Weights<T>& weights,
+                        Ahead& ahead, Panel (&sums)[R]) {
   constexpr int64_t kLine = 64 / sizeof(T);
   const T* panel = weights.panel;
   Ahead stepping = ahead;
+  const T* row[R];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) row[r] = windows.Row(tap, rows[r]) + channel;
+  for (int64_t c = 0; c < count; ++c) {
+    if (c % kLine == 0)
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) __builtin_prefetch(windows.Row(tap, coming[r]) + channel + c);
+    const Panel values = Panel::Load(panel);
+    panel += weights.stride;
+    stepping.template Step<sizeof(Panel) / 64>();
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) sums[r].AddProduct(row[r][c], values);
+  }
+  ahead = stepping;
+}
+
+// sums[r] = sum over taps and channels of window[rows[r]][tap][c] * panel[tap][c], for R rows.
+template <int R, typename T, typename Panel>
+INLINE void Multiply(const Windows<T>& windows, const int32_t* rows, const int32_t* coming,
+                     Weights<T> weights, Ahead& ahead, Panel (&sums)[R]) {
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sums[r] = Panel::Zero();
   for (int64_t tap = 0; tap < windows.taps; ++tap) {
-    const T* row[R];
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) row[r] = windows.Row(tap, rows[r]);
-    for (int64_t c = 0; c < windows.channels; ++c) {
-      if (c % kLine == 0)
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) __builtin_prefetch(windows.Row(tap, coming[r]) + c);
-      const Panel values = Panel::Load(panel);
-      panel += weights.stride;
-      stepping.template Step<sizeof(Panel) / 64>();
-#pragma GCC unroll 12
-      for (int r = 0; r < R; ++r) sums[r].AddProduct(row[r][c], values);
-    }
+    AddProducts(windows, tap, 0, windows.channels, rows, coming, weights, ahead, sums);
+    weights.panel += windows.channels * weights.stride;
   }
-  ahead = stepping;
 }
 
 // Calls body(R, rows, count, coming) over `count` rows, R a compile-time number: whole blocks of
@@ -508,16 +519,22 @@ INLINE void Blocks(const int32_t* rows, int64_t count, const Body& body) {
 }
 
 // Calls body(P, first, width) for the panels that `columns` columns take, P of them at once, a
-// compile-time number: kPanels, or one where what is left is no wider.
+// compile-time number: kPanels, and two or one for what is left.
 template <int kPanels, typename T, typename Body>
 INLINE void Panels(int64_t columns, const Body& body) {
-  constexpr int64_t kWidth = kPanelWidth<T, kPanels>;
-  for (int64_t first = 0; first < columns; first += kWidth) {
-    const int64_t width = std::min(kWidth, columns - first);
-    if (width > kPanelWidth<T>) {
-      body(std::integral_constant<int, kPanels>{}, first, width);
+  for (int64_t first = 0; first < columns;) {
+    const int64_t left = columns - first;
+    const auto next = [&](auto panels) INLINE_LAMBDA {
+      constexpr int64_t kWidth = kPanelWidth<T, decltype(panels)::value>;
+      body(panels, first, std::min(left, kWidth));
+      first += kWidth;
+    };
+    if (kPanels > 2 && left >= kPanelWidth<T, kPanels>) {
+      next(std::integral_constant<int, kPanels>{});
+    } else if (kPanels > 1 && left > kPanelWidth<T>) {
+      next(std::integral_constant<int, std::min(kPanels, 2)>{});
     } else {
-      body(std::integral_constant<int, 1>{}, first, width);
+      next(std::integral_constant<int, 1>{});
     }
   }
 }
@@ -553,7 +570,7 @@ struct Arrays {
                            int64_t steps) const {
     const T* const next =
         region + 1 < shape.regions ? Filter(sample, region + 1) : Filter(sample + threads, 0);
-    return Ahead(next + offset, bytes, steps);
+    return {reinterpret_cast<const char*>(next + offset), bytes / std::max<int64_t>(1, steps) + 1};
   }
   template <typename Isa>
   INLINE Ahead FilterAfter(int64_t sample, int64_t region, int64_t rows) const {
@@ -563,12 +580,10 @@ struct Arrays {
   }
 };
 
-// One panel of a filter seen as a matrix (taps x in_per_group, features). Where only a few rows will
-// use it and it is whole, it is read in place.
+// One panel of a filter seen as a matrix (taps x in_per_group, features).
 template <int64_t kWidth, typename T>
 INLINE Weights<T> FilterPanel(const Shape& shape, const T* filter, int64_t column, int64_t width,
-                              int64_t rows_to_come, T* buffer) {
-  if (width == kWidth && rows_to_come <= 12) return {filter + column, shape.features};
+                              T* buffer) {
   Pack<kWidth>(filter + column, shape.taps * shape.in_per_group, shape.features, width, buffer);
   return {buffer, kWidth};
 }
@@ -586,6 +601,7 @@ struct Slice {
 template <typename T>
 struct ForwardTask {
   using Value = T;
+  static constexpr int64_t kFew = 12;
   const Arrays<T>& arrays;
   int64_t parts;
   T* y;
@@ -596,8 +612,9 @@ struct ForwardTask {
     const Slice slice(number, parts, shape.positions);
     const Regions& regions = arrays.regions[slice.sample];
     const int32_t* const order = regions.order.data();
-    std::unique_ptr<T[]> buffer(
-        new T[shape.taps * shape.in_per_group * kPanelWidth<T, Isa::kPanels>]);
+    constexpr int64_t kMost = kPanelWidth<T, Isa::kPanels>;
+    std::unique_ptr<T[]> buffer(new T[shape.taps * shape.in_per_group * kMost]);
+    std::unique_ptr<T[]> waiting(new T[(kFew + Isa::kRows) * (shape.features_per_group + 2 * kMost)]);
     T* const y = this->y + slice.sample * shape.positions * shape.features;
     for (int64_t j = 0; j < shape.regions; ++j) {
       const int64_t begin = std::max<int64_t>(slice.begin, regions.first[j]);
@@ -607,12 +624,18 @@ struct ForwardTask {
       Ahead ahead = arrays.template FilterAfter<Isa>(slice.sample, j, end - begin);
       for (int64_t g = 0; g < shape.groups; ++g) {
         const Windows<T> windows = arrays.WindowsOf(slice.sample, g);
+        if (end - begin <= kFew && shape.features_per_group >= kPanelWidth<T, 2>) {
+          const int64_t column = g * shape.features_per_group;
+          Stream<Isa>(windows, order + begin, end - begin, filter + column, waiting.get(),
+                      y + column);
+          continue;
+        }
         Panels<Isa::kPanels, T>(shape.features_per_group, [&](auto panels, int64_t first,
                                                               int64_t width) INLINE_LAMBDA {
           constexpr int P = decltype(panels)::value;
           const int64_t column = g * shape.features_per_group + first;
-          const Weights<T> weights = FilterPanel<kPanelWidth<T, P>>(shape, filter, column, width,
-                                                                    end - begin, buffer.get());
+          const Weights<T> weights =
+              FilterPanel<kPanelWidth<T, P>>(shape, filter, column, width, buffer.get());
           Blocks<Isa>(order + begin, end - begin, [&](auto size, const int32_t* rows, int64_t count,
                                                       const int32_t* coming) INLINE_LAMBDA {
             constexpr int R = decltype(size)::value;
@@ -625,6 +648,57 @@ struct ForwardTask {
               Store(sums[r], width, y + rows[r] * shape.features + column);
           });
         });
+      }
+    }
+  }
+
+ private:
+  // y of so few rows that their filter takes longer to come from memory than to be used. It is read
+  // in the order in which it lies, some of its rows against all its columns, while those that follow
+  // are fetched; sums wait in a buffer meanwhile.
+  template <typename Isa>
+  INLINE void Stream(const Windows<T>& windows, const int32_t* rows, int64_t count,
+                     const T* filter, T* waiting, T* y) const {
+    constexpr int64_t kChunk = 48, kPage = 4096;
+    const int64_t features = arrays.shape.features;
+    const int64_t bytes = kChunk * features * sizeof(T);
+    for (int64_t tap = 0; tap < windows.taps; ++tap) {
+      for (int64_t c = 0; c < windows.channels; c += kChunk) {
+        const int64_t channels = std::min(kChunk, windows.channels - c);
+        const bool start = tap == 0 && c == 0;
+        const bool finish = tap + 1 == windows.taps && c + channels == windows.channels;
+        const char* const chunk = reinterpret_cast<const char*>(filter);
+        Ahead ahead{chunk + bytes, 0};
+        // The pages behind that, whose addresses take time to be found.
+        for (int64_t i = 0; i < bytes; i += kPage) __builtin_prefetch(chunk + 2 * bytes + i, 0, 2);
+        T* sums_at = waiting;
+        Blocks<Isa>(rows, count, [&](auto size, const int32_t* rows, int64_t count,
+                                     const int32_t* coming) INLINE_LAMBDA {
+          constexpr int R = decltype(size)::value;
+          constexpr int kPanels = 2 * R <= Isa::kRows ? 2 * Isa::kPanels : Isa::kPanels;
+          Panels<kPanels, T>(arrays.shape.features_per_group, [&](auto panels, int64_t first,
+                                                                  int64_t width) INLINE_LAMBDA {
+            using Panel = typename Isa::template Panel<T, decltype(panels)::value>;
+            constexpr int64_t kWidth = kPanelWidth<T, decltype(panels)::value>;
+            // The last panels end with the last column: they have some in common with those before.
+            const int64_t column = first + width - kWidth;
+            Panel sums[R];
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r)
+              sums[r] = start ? Panel::Zero() : Panel::Load(sums_at + r * kWidth);
+            ahead.step = sizeof(Panel);
+            AddProducts(windows, tap, c, channels, rows, coming,
+                        Weights<T>{filter + column, features}, ahead, sums);
+            if (finish) {
+              for (int64_t r = 0; r < count; ++r) sums[r].Spill(y + rows[r] * features + column);
+            } else {
+#pragma GCC unroll 12
+              for (int r = 0; r < R; ++r) sums[r].Spill(sums_at + r * kWidth);
+            }
+            sums_at += R * kWidth;
+          });
+        });
+        filter += channels * features;
       }
     }
   }
@@ -699,7 +773,7 @@ struct ScoresTask {
           }
           if (others == 0) return;
           const Weights<T> weights =
-              FilterPanel<kWidth>(shape, filter, column, width, others, buffer.get());
+              FilterPanel<kWidth>(shape, filter, column, width, buffer.get());
           int64_t row = slice.begin;
           const auto fold = [&](auto size, const int32_t* rows, int64_t count,
                                 const int32_t* coming) INLINE_LAMBDA {

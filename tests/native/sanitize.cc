@@ -98,7 +98,7 @@ Shape DrawShape() {
   Shape s{};
   s.batch = Draw(0, 9) ? Draw(1, 5) : 0;
   s.groups = Draw(1, 3);
-  s.in_per_group = Draw(1, 40);
+  s.in_per_group = Draw(1, 70);
   s.features_per_group = Draw(1, 70);
   s.in = s.groups * s.in_per_group;
   s.features = s.groups * s.features_per_group;
