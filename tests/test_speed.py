@@ -59,6 +59,28 @@ def test_a_run_of_tiny_cases(tmp_path, env):
     assert again.returncode == 2 and "holds a run already" in again.stderr
 
 
+def test_a_run_that_ends_early_leaves_the_cases_it_measured(tmp_path):
+    run = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", "experiments.speed", "--suite", "smoke", "--run-dir", run],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=pathlib.Path(__file__).parents[1],
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+    )
+    labels = [case.label for case in cases.suite("smoke")]
+    for line in process.stdout:
+        if line.strip() == labels[1]:
+            break
+    process.kill()
+    process.wait()
+    report = json.loads((run / "results.json").read_text())
+    assert {r["case"]["level"] for r in report["results"]} == {"op"}
+    note = f"Only 1 of {len(labels)} cases: the run ended before the others."
+    assert report["notes"][-1] == note
+    assert note in (run / "results.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [

@@ -4,7 +4,7 @@ Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sw
 kernel sizes, dtypes and batches; `--suite gpu` has batches for an accelerator. PyTorch takes part
 where it is installed (pip install 'drconv_jax[compare]'), and bytes on a TPU are counted where its
 compiler is (pip install 'drconv_jax[tpu]'); beside it JAX_PLATFORMS=cpu keeps JAX from looking for
-a TPU. The run's folder gets results.json, results.md and plots.
+a TPU. The run's folder gets results.json and results.md, renewed after every case, and plots.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pathlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import tyro
 from rich.console import Console
@@ -79,20 +79,20 @@ def run(arguments: Arguments) -> None:
         console = Console(width=160)  # a file has room for whole rows
     console.print(f"{len(chosen)} cases; run folder {run_dir}", highlight=False)
     start = time.time()
-    measured = _measure(arguments, chosen, console)
     about = {
         "command": "python -m experiments.speed " + shlex.join(sys.argv[1:]),
         "machine": report.machine(),
         "guide": arguments.guide,
-        "seconds": time.time() - start,
     }
-    report.write(run_dir, measured, about)
+    for measured in _measure(arguments, chosen, console):
+        report.write(run_dir, measured, about | {"seconds": time.time() - start})
     plots.write(run_dir, measured.results)
     report.show(console, measured)
-    console.print(f"{about['seconds']:.0f} s; see {run_dir}", highlight=False)
+    console.print(f"{time.time() - start:.0f} s; see {run_dir}", highlight=False)
 
 
-def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> Measured:
+def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> Iterator[Measured]:
+    """What is measured so far, after every case."""
     timed = [case for case in chosen if case.level != "tpu"]
     results: list[Result] = []
     step_bytes: list[StepBytes] = []
@@ -100,6 +100,13 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
     notes: list[str] = []
     if not contenders.torch_takes_part():
         notes.append("PyTorch is not installed, or not for this device: it takes no part.")
+    on_tpu: list[tpu.Bytes] = []
+
+    def so_far(done: int) -> Measured:
+        missing = [f"Only {done} of {len(chosen)} cases: the run ended before the others."]
+        all_notes = notes + (missing if done < len(chosen) else [])
+        return Measured(results, peak, step_bytes, on_tpu, all_notes)
+
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
         TextColumn("left"), TimeRemainingColumn(),
@@ -107,7 +114,7 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
     with Progress(*columns, console=console, speed_estimate_period=600) as progress:
         # Compiling counts as much as the rounds.
         task = progress.add_task("", total=2 * arguments.rounds * len(timed) + len(chosen))
-        for case in timed:
+        for done, case in enumerate(timed, start=1):
             progress.update(task, description=case.label)
             if not console.is_terminal:
                 console.print(case.label, highlight=False)
@@ -117,14 +124,14 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
                 found = contenders.training_step_bytes(case, arguments.implementation)
                 step_bytes += [StepBytes(case, *found)] if found else []
             progress.advance(task)
+            yield so_far(done)
             gc.collect()
-        on_tpu = []
-        for case in chosen:
-            if case.level == "tpu":
-                progress.update(task, description=case.label)
-                on_tpu += _count_bytes(case, notes)
-                progress.advance(task)
-    return Measured(results, peak, step_bytes, on_tpu, notes)
+        counted = [case for case in chosen if case.level == "tpu"]
+        for done, case in enumerate(counted, start=len(timed) + 1):
+            progress.update(task, description=case.label)
+            on_tpu += _count_bytes(case, notes)
+            progress.advance(task)
+            yield so_far(done)
 
 
 def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> list[Result]:
