@@ -61,19 +61,18 @@ def test_a_run_of_tiny_cases(tmp_path, env):
 
 def test_a_run_that_ends_early_leaves_the_cases_it_measured(tmp_path):
     run = tmp_path / "run"
-    process = subprocess.Popen(
+    labels = [case.label for case in cases.suite("smoke")]
+    with subprocess.Popen(
         [sys.executable, "-u", "-m", "experiments.speed", "--suite", "smoke", "--run-dir", run],
         stdout=subprocess.PIPE,
         text=True,
         cwd=pathlib.Path(__file__).parents[1],
         env=os.environ | {"JAX_PLATFORMS": "cpu"},
-    )
-    labels = [case.label for case in cases.suite("smoke")]
-    for line in process.stdout:
-        if line.strip() == labels[1]:
-            break
-    process.kill()
-    process.wait()
+    ) as process:
+        for line in process.stdout:
+            if line.strip() == labels[1]:
+                break
+        process.kill()
     report = json.loads((run / "results.json").read_text())
     assert {r["case"]["level"] for r in report["results"]} == {"op"}
     note = f"Only 1 of {len(labels)} cases: the run ended before the others."
@@ -104,7 +103,7 @@ def test_the_pytorch_drconv_is_our_layer(kernel):
     torch.manual_seed(0)
     theirs = DRConv2d(5, 6, kernel, 3)
     state = {name: value.detach().numpy() for name, value in theirs.state_dict().items()}
-    ours = DRConv(6, (kernel, kernel), regions=3, use_bias=False)
+    ours = DRConv(6, (kernel, kernel), regions=3, filter_generator="pooled", use_bias=False)
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 7, 4, 5), np.float32)
     dy = rng.standard_normal((2, 7, 4, 6), np.float32)

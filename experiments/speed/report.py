@@ -187,9 +187,11 @@ def _legend(measured: Measured, guide: str) -> str:
         "matrix product; nn.Conv for layers), its quartiles those of the rounds' own ratios. "
         f"Guide features of the region convolution are {features[guide]}. Forward+backward takes "
         "all gradients; for a network, those of the training loss for the parameters, and its "
-        "forward is inference. The matrix product's measured peak, in GFLOP/s: "
-        f"{peaks or 'not measured'}; `of peak` counts the standard convolution's arithmetic, three "
-        "times that for forward+backward. `temp` is XLA's memory besides inputs and outputs."
+        "forward is inference. DRConv mixes filters as it does by default; the PyTorch DRConv, as "
+        "its public code does, by the paper's generator. The matrix product's measured peak, in "
+        f"GFLOP/s: {peaks or 'not measured'}; `of peak` counts the standard convolution's "
+        "arithmetic, three times that for forward+backward. `temp` is XLA's memory besides inputs "
+        "and outputs."
     )
 
 
