@@ -780,7 +780,10 @@ struct ScoresTask {
             constexpr int R = decltype(size)::value;
             Panel sums[R];
             Multiply(windows, rows, coming, weights, ahead, sums);
-            for (int64_t r = 0; r < count; ++r, ++row) gather(row, sums[r]);
+#pragma GCC unroll 12
+            for (int r = 0; r < R; ++r)  // R is known: the sums need not leave their registers
+              if (r < count) gather(row + r, sums[r]);
+            row += count;
           };
           Blocks<Isa>(order + slice.begin, own_begin - slice.begin, fold);
           row = own_end;
