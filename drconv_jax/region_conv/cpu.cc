@@ -908,7 +908,11 @@ struct FilterGradientTask {
           for (int64_t i = 0; i < count; ++i) {
             const T* row = windows.Row(tap, rows[i]);
             __builtin_prefetch(windows.Row(tap, rows[i + Regions::kBehind / 2]) + channel[0]);
-            for (int r = 0; r < R; ++r) values[i * R + r] = row[channel[r]];
+            if (channel_count == R) {  // they are neighbours
+              std::memcpy(&values[i * R], row + channel[0], R * sizeof(T));
+            } else {
+              for (int r = 0; r < R; ++r) values[i * R + r] = row[channel[r]];
+            }
           }
           Panels<1, T>(shape.features_per_group, [&](auto, int64_t first, int64_t width) INLINE_LAMBDA {
             const T* panel = panels.get() + first * count;
