@@ -2,8 +2,8 @@
 // handlers.
 //
 // For every sample, positions are listed region by region. The rows of one region (each row is a
-// window of x) then meet that region's filter in a register-blocked product: a few rows by one or
-// two panels of 64 bytes of output channels. No position is computed for a region it did not choose,
+// window of x) then meet that region's filter in a register-blocked product: a few rows by one to
+// four panels of 64 bytes of output channels. No position is computed for a region it did not choose,
 // and no window is copied: rows are read where they lie, tap by tap.
 //
 // Backward, with dy the output's cotangent:
@@ -675,6 +675,7 @@ struct ForwardTask {
         Blocks<Isa>(rows, count, [&](auto size, const int32_t* rows, int64_t count,
                                      const int32_t* coming) INLINE_LAMBDA {
           constexpr int R = decltype(size)::value;
+          // Half the rows leave registers for twice the panels.
           constexpr int kPanels = 2 * R <= Isa::kRows ? 2 * Isa::kPanels : Isa::kPanels;
           Panels<kPanels, T>(arrays.shape.features_per_group, [&](auto panels, int64_t first,
                                                                   int64_t width) INLINE_LAMBDA {
