@@ -16,6 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from experiments.runtime.files import write_text
 from experiments.speed import mark
 from experiments.speed.results import Measured, Result, best_standard, fraction_of_peak, ratio
 
@@ -226,5 +227,5 @@ def _cpu_model() -> str:
 
 def write(run_dir: pathlib.Path, measured: Measured, about: dict[str, Any]) -> None:
     """results.json and results.md; the plots are `plots.write`'s."""
-    (run_dir / "results.json").write_text(as_json(measured, about), encoding="utf-8")
-    (run_dir / "results.md").write_text(as_markdown(measured, about), encoding="utf-8")
+    write_text(run_dir / "results.json", as_json(measured, about))
+    write_text(run_dir / "results.md", as_markdown(measured, about))
