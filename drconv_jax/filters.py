@@ -1,7 +1,8 @@
 """Filter generators: from a sample to its m filters, as pure functions of (params, x).
 
 A generator is a pair of functions. `init` makes its parameters, a flat dictionary of arrays;
-`apply` makes every sample's filters from them. `GENERATORS` has them by name:
+`factors` says of what every sample's filters are mixed, which `drconv_jax.mixing` then does.
+`GENERATORS` has them by name:
 
 - "mixture", the default: the input's global average names how each region mixes one bank of
   experts that all regions share, with weights 2 sigmoid / sqrt(E).
@@ -36,7 +37,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import adaptive_average_pool
-from drconv_jax.mixing import mix
+from drconv_jax.mixing import Factors, mix
 
 Params = Mapping[str, Array]
 Initializer = Callable[..., Array]
@@ -51,14 +52,29 @@ class FilterGenerator(NamedTuple):
 
     Attributes:
       init: `init(key, in_features, features, kernel_size, regions, ...)` makes the parameters.
-      apply: `apply(params, x, kernel_size, ...)` makes the filters.
+      factors: `factors(params, x, kernel_size, ...)` makes all of the filters but the last product.
       last_layer: names of the parameters that the filters are linear in, all of them together;
         their last axis is the features'.
     """
 
     init: Callable[..., dict[str, Array]]
-    apply: Callable[..., Array]
+    factors: Callable[..., Factors]
     last_layer: tuple[str, ...]
+
+    def apply(
+        self,
+        params: Params,
+        x: Float[Array, "batch *spatial in"],
+        kernel_size: Sequence[int],
+        *,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Float[Array, "batch regions *kernel in_per_group features"]:
+        """Makes every sample's filters; arguments are those of `pooled_factors`."""
+        filters = mix(
+            self.factors(params, x, kernel_size, precision=precision), precision=precision
+        )
+        regions, filter_shape = len(params["mixing_bias"]), params["bank_kernel"].shape[-2:]
+        return filters.reshape(x.shape[0], regions, *kernel_size, *filter_shape)
 
 
 def init_pooled(
@@ -95,14 +111,13 @@ def init_pooled(
     }
 
 
-def pooled_filters(
+def pooled_factors(
     params: Params,
     x: Float[Array, "batch *spatial in"],
     kernel_size: Sequence[int],
     *,
-    guide_features: Float[Array, "batch *out_spatial regions"] | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "batch regions *kernel in_per_group features"]:
+) -> Factors:
     """The paper's generator (Section 3.3 and Figure 3).
 
     Adaptive average pooling of x to the kernel's size, a 1x1 convolution to m x m channels,
@@ -112,24 +127,20 @@ def pooled_filters(
       params: as `init_pooled` makes them, in the dtype to compute in.
       x: the input, in the same dtype.
       kernel_size: taps of the filters.
-      guide_features: where given, filters of regions that no position chooses may hold anything.
       precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
-      m filters per sample.
+      What m filters per sample are mixed of.
     """
     context = adaptive_average_pool(x, kernel_size)
     weights = jax.nn.sigmoid(_mixing_logits(params, context, precision)).astype(x.dtype)
     bank, bias = params["bank_kernel"], params["bank_bias"]
-    regions, n, *filter_shape = bank.shape
-    filters = mix(
+    regions, n = bank.shape[:2]
+    return Factors(
         weights.reshape(x.shape[0], -1, regions, n),
         bank.reshape(regions, n, -1),
         bias.reshape(regions, -1),
-        guide_features=guide_features,
-        precision=precision,
     )
-    return filters.reshape(*filters.shape[:2], *kernel_size, *filter_shape)
 
 
 def init_mixture(
@@ -163,14 +174,13 @@ def init_mixture(
     }
 
 
-def mixture_filters(
+def mixture_factors(
     params: Params,
     x: Float[Array, "batch *spatial in"],
     kernel_size: Sequence[int],
     *,
-    guide_features: Float[Array, "batch *out_spatial regions"] | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "batch regions *kernel in_per_group features"]:
+) -> Factors:
     """The default generator.
 
     Global average of x, linear maps to E logits that all regions share and to m x E that are
@@ -181,11 +191,10 @@ def mixture_filters(
       params: as `init_mixture` makes them, in the dtype to compute in.
       x: the input, in the same dtype.
       kernel_size: taps of the filters; the bank has them already.
-      guide_features: where given, filters of regions that no position chooses may hold anything.
       precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
-      m filters per sample.
+      What m filters per sample are mixed of.
     """
     del kernel_size
     scale = 2 / params["bank_kernel"].shape[0] ** 0.5
@@ -194,7 +203,7 @@ def mixture_filters(
         "mixing_bias": params["shared_mixing_bias"][None] + params["mixing_bias"],
         "bank_kernel": params["bank_kernel"],
     }
-    return _mixed_experts(whole, x, scale, guide_features, precision)
+    return _mixed_experts(whole, x, scale, precision)
 
 
 def init_experts(
@@ -235,14 +244,13 @@ def init_experts(
     }
 
 
-def experts_filters(
+def experts_factors(
     params: Params,
     x: Float[Array, "batch *spatial in"],
     kernel_size: Sequence[int],
     *,
-    guide_features: Float[Array, "batch *out_spatial regions"] | None = None,
     precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "batch regions *kernel in_per_group features"]:
+) -> Factors:
     """The generator of the authors' released code (megvii-research/DRConv).
 
     Global average of x, a linear map to m x E logits, 2 sigmoid / E (in float32 or wider), and the
@@ -250,30 +258,22 @@ def experts_filters(
     """
     del kernel_size
     scale = 2 / params["bank_kernel"].shape[0]
-    return _mixed_experts(params, x, scale, guide_features, precision)
+    return _mixed_experts(params, x, scale, precision)
 
 
 def _mixed_experts(
     params: Params,
     x: Float[Array, "batch *spatial in"],
     scale: float,
-    guide_features: Float[Array, "batch *out_spatial regions"] | None,
     precision: jax.lax.PrecisionLike,
-) -> Float[Array, "batch regions *kernel in_per_group features"]:
+) -> Factors:
     wide = accumulator(x.dtype)
     context = x.mean(axis=range(1, x.ndim - 1), dtype=wide).astype(x.dtype)
     weights = (jax.nn.sigmoid(_mixing_logits(params, context, precision)) * scale).astype(x.dtype)
     bank = params["bank_kernel"]
     flat = bank.reshape(1, bank.shape[0], -1)
     # All regions share the bank: to `mix` they are taps of one region.
-    filters = mix(
-        weights[:, :, None],
-        flat,
-        jnp.zeros_like(flat[:, 0]),
-        guide_features=guide_features,
-        precision=precision,
-    )
-    return filters.reshape(*weights.shape[:2], *bank.shape[1:])
+    return Factors(weights[:, :, None], flat, jnp.zeros_like(flat[:, 0]))
 
 
 def _mixing_logits(
@@ -295,7 +295,7 @@ def _wide(values: Array) -> Array:
 
 
 GENERATORS: Mapping[str, FilterGenerator] = {
-    "mixture": FilterGenerator(init_mixture, mixture_filters, ("bank_kernel",)),
-    "pooled": FilterGenerator(init_pooled, pooled_filters, ("bank_kernel", "bank_bias")),
-    "experts": FilterGenerator(init_experts, experts_filters, ("bank_kernel",)),
+    "mixture": FilterGenerator(init_mixture, mixture_factors, ("bank_kernel",)),
+    "pooled": FilterGenerator(init_pooled, pooled_factors, ("bank_kernel", "bank_bias")),
+    "experts": FilterGenerator(init_experts, experts_factors, ("bank_kernel",)),
 }

@@ -19,7 +19,7 @@ from drconv_jax.dtypes import accumulator
 from drconv_jax.filters import GENERATORS
 from drconv_jax.geometry import Padding, canonical_tuple, resize_nearest, window_of
 from drconv_jax.guide import region_index
-from drconv_jax.region_conv import region_conv
+from drconv_jax.mixing import mixed_region_conv
 
 ParamInit = Callable[[PRNGKeyArray], Any]
 
@@ -205,19 +205,15 @@ def apply(
         guide = resize_nearest(guide, main.output_shape(padded.shape[1:-1]))
     guide = guide.astype(accumulator(guide.dtype))
 
-    generate = GENERATORS[hyper.filter_generator].apply
-    filters = generate(
-        params["filters"],
-        x,
-        hyper.kernel,
-        # Only the native kernel never reads the filters of regions that nobody chose.
-        guide_features=guide if hyper.implementation in (None, "cpu") else None,
-        precision=hyper.precision,
+    factors = GENERATORS[hyper.filter_generator].factors(
+        params["filters"], x, hyper.kernel, precision=hyper.precision
     )
-    y = region_conv(
+    y = mixed_region_conv(
         x,
-        filters,
+        factors,
         guide,
+        features=hyper.features,
+        kernel_size=hyper.kernel,
         feature_group_count=hyper.feature_group_count,
         precision=hyper.precision,
         implementation=hyper.implementation,

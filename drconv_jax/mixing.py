@@ -1,10 +1,17 @@
-"""Filters as mixtures of banks: the last layer of every filter generator."""
+"""Filters as mixtures of banks: the last product of every filter generator.
+
+`mix` makes them. `mixed_region_conv` convolves with them and need not: the filters of a batch are
+larger than anything else in a late layer, and a CPU takes longer to write them than to use them.
+Its native kernels mix a few at a time, which stay in a cache, and use them at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,48 +19,168 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.region_conv import cpu
+from drconv_jax.geometry import Window, window_of
+from drconv_jax.guide import softmax_vjp
+from drconv_jax.region_conv import automatic, choose, cpu
 from drconv_jax.region_conv.automatic import unless_exported
-from drconv_jax.region_conv.sharding import per_shard, varying_like
+from drconv_jax.region_conv.fused import Statics, samplewise
+from drconv_jax.region_conv.sharding import per_shard, varying, varying_like
 
 
-def mix(
-    weights: Float[Array, "batch taps regions n"],
-    bank: Float[Array, "regions n size"],
-    bias: Float[Array, "regions size"],
-    *,
-    guide_features: Float[Array, "batch *positions m"] | None = None,
-    precision: jax.lax.PrecisionLike = None,
-) -> Float[Array, "batch regions taps size"]:
-    """filters[b, r, t] = bias[r] + sum_n weights[b, t, r, n] bank[r, n].
+class Factors(NamedTuple):
+    """Filters not yet mixed: filters[b, r, t] = bias[r] + sum_n weights[b, t, r, n] bank[r, n].
 
-    Sums are taken in float32 or wider. On a CPU this is a native kernel, in both directions: the
-    filters of a batch are larger than anything else in a late layer, and XLA copies them around.
+    The m regions are those here or, where there is but one, the taps: regions may share a bank.
 
-    Args:
+    Attributes:
       weights: how every tap of every sample mixes its region's bank.
       bank: n filters for each region.
       bias: a filter that each region adds.
-      guide_features: None leaves everything to XLA. Says that the filters of regions that no
-        position of a sample chooses are not needed, the m regions being those here or, where there
-        is but one, the taps. Where it is not differentiated, the native kernel then leaves them
-        unwritten.
+    """
+
+    weights: Float[Array, "batch taps regions n"]
+    bank: Float[Array, "regions n size"]
+    bias: Float[Array, "regions size"]
+
+
+def mixed_region_conv(
+    x: Float[Array, "batch *spatial in"],
+    factors: Factors,
+    guide_features: Float[Array, "batch *out_spatial m"],
+    *,
+    features: int,
+    kernel_size: Sequence[int],
+    feature_group_count: int = 1,
+    precision: jax.lax.PrecisionLike = None,
+    implementation: str | Sequence[str] | None = None,
+    **window_arguments: Any,
+) -> Float[Array, "batch *out_spatial features"]:
+    """`region_conv` with mixed filters.
+
+    Args:
+      x, guide_features: as in `region_conv`.
+      factors: of the filters, in the dtype of x.
+      features, kernel_size: of the filters.
+      feature_group_count, precision, implementation, window_arguments: as in `region_conv`.
+
+    Returns:
+      The output in the dtype of x. In bfloat16, filters that are never whole are not rounded.
+
+    Raises:
+      ValueError: implementation is no name, or the window has no meaning.
+      NotImplementedError: none of the named implementations does what is asked.
+    """
+    x, window = window_of(x, kernel_size, **window_arguments)
+    regions, in_per_group = guide_features.shape[-1], x.shape[-1] // feature_group_count
+    filter_shape = (regions, *kernel_size, in_per_group, features)
+    call = _Call(window, feature_group_count, filter_shape, precision, implementation)
+    args = (x, *factors, guide_features)
+    if not call.is_native or not cpu.does(x.dtype):
+        return call.in_turn(*args)
+    return _at_once(call, *varying_like(args, *args))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """A region convolution with mixed filters, apart from its arrays."""
+
+    window: Window
+    groups: int
+    filter_shape: tuple[int, ...]
+    precision: jax.lax.PrecisionLike
+    implementation: str | Sequence[str] | None
+
+    @property
+    def statics(self) -> Statics:
+        """What kernels know of it."""
+        precision = jax.lax.Precision(self.precision) if self.precision else None
+        return Statics(self.window, self.groups, precision)
+
+    @property
+    def is_native(self) -> bool:
+        """Whether native kernels may be used."""
+        return self.implementation in (None, "cpu")
+
+    def keeps_filters(self, guide_features: Array) -> bool:
+        """Whether filters, once mixed, wait for the backward pass.
+
+        Where each serves many positions, they are small, and mixing them twice is not worth it.
+        """
+        *positions, regions = guide_features.shape[1:]
+        return math.prod(positions) > 64 * regions
+
+    def in_turn(self, *args: Array) -> Array:
+        """Mixes filters, then convolves; can be differentiated."""
+        x, *factors, guide = args
+        filters = self._filters(*factors)
+        convolve = choose(self.implementation)
+        return convolve(x, filters, guide, self.window, self.groups, self.precision)
+
+    def backward_in_turn(self, *args: Array) -> tuple[Array, ...]:
+        """dx, the gradients of the factors, and the scores (`fused.Kernel.backward`)."""
+        x, weights, bank, bias, guide, y, dy = args
+        filters, pull = jax.vjp(self._filters, weights, bank, bias)
+        kernel = automatic if self.implementation is None else cpu
+        backward = samplewise(kernel.backward, self.statics, opaque=kernel is cpu)
+        dx, dfilters, scores = backward(x, filters, guide, y, dy)
+        return dx, *pull(dfilters), scores
+
+    def _filters(self, *factors: Array) -> Array:
+        filters = mix(Factors(*factors), native=self.is_native, precision=self.precision)
+        return filters.reshape(filters.shape[0], *self.filter_shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _at_once(call: _Call, *args: Array) -> Array:
+    native = functools.partial(cpu.mixed_forward, call.statics, call.filter_shape[-1])
+    here = functools.partial(unless_exported, per_shard(native, shared=(2, 3)), call.in_turn)
+    y: Array = _by_platform(varying(here), call.in_turn, *args)
+    return y
+
+
+def _at_once_forward(call: _Call, *args: Array) -> tuple[Array, Any]:
+    if call.keeps_filters(args[-1]):
+        return jax.vjp(call.in_turn, *args)
+    y = _at_once(call, *args)
+    return y, (*args, y)
+
+
+def _at_once_backward(call: _Call, residuals: Any, dy: Array) -> tuple[Array, ...]:
+    if callable(residuals):
+        pull = residuals
+        gradients: tuple[Array, ...] = pull(dy)
+        return gradients
+    native = functools.partial(cpu.mixed_backward, call.statics)
+    here = functools.partial(
+        unless_exported,
+        per_shard(native, shared=(2, 3), summed=(2, 3)),
+        call.backward_in_turn,
+    )
+    *gradients, scores = _by_platform(varying(here), call.backward_in_turn, *residuals, dy)
+    guide_features = residuals[4]
+    return *gradients, softmax_vjp(guide_features, scores)
+
+
+_at_once.defvjp(_at_once_forward, _at_once_backward)
+
+
+def mix(
+    factors: Factors, *, native: bool = False, precision: jax.lax.PrecisionLike = None
+) -> Float[Array, "batch regions taps size"]:
+    """Makes the filters. Sums are taken in float32 or wider.
+
+    Args:
+      factors: of them.
+      native: whether a native kernel does it on CPUs, in both directions; XLA copies them around.
       precision: of the products, as in `jax.lax.dot_general`.
 
     Returns:
       Every sample's filters, in the dtype of the weights.
     """
     by_xla = functools.partial(_mix, precision=precision)
-    if guide_features is None or not cpu.does(weights.dtype):
-        return by_xla(weights, bank, bias)
-    batch, taps, regions, _ = weights.shape
-    if guide_features.shape[-1] == 1:
-        guide_features = jnp.zeros((batch, 0, regions if regions > 1 else taps))
-    wide = accumulator(guide_features.dtype)
-    positions = math.prod(guide_features.shape[1:-1])
-    guide = guide_features.astype(wide).reshape(batch, positions, guide_features.shape[-1])
-    args = (weights, bank, bias, guide)
-    return _native(by_xla, *varying_like(args, *args))
+    if not native or not cpu.does(factors.weights.dtype):
+        return by_xla(*factors)
+    return _native(by_xla, *varying_like(tuple(factors), *factors))
 
 
 def _mix(weights: Array, bank: Array, bias: Array, *, precision: Any) -> Array:
@@ -66,25 +193,18 @@ def _mix(weights: Array, bank: Array, bias: Array, *, precision: Any) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native(by_xla: Any, weights: Array, bank: Array, bias: Array, guide: Array) -> Array:
-    def all_by_xla(weights: Array, bank: Array, bias: Array, guide: Array) -> Array:
-        del guide
-        return by_xla(weights, bank, bias)
-
-    here = per_shard(functools.partial(unless_exported, cpu.mix, all_by_xla), shared=(1, 2))
-    return _by_platform(here, all_by_xla, weights, bank, bias, guide)
+def _native(by_xla: Any, weights: Array, bank: Array, bias: Array) -> Array:
+    here = per_shard(functools.partial(unless_exported, cpu.mix, by_xla), shared=(1, 2))
+    return _by_platform(here, by_xla, weights, bank, bias)
 
 
 def _native_forward(
-    by_xla: Any, weights: Array, bank: Array, bias: Array, guide: Array
+    by_xla: Any, weights: Array, bank: Array, bias: Array
 ) -> tuple[Array, tuple[Array, ...]]:
-    # The guide's gradient needs every filter.
-    return _native(by_xla, weights, bank, bias, guide[:, :0]), (weights, bank)
+    return _native(by_xla, weights, bank, bias), (weights, bank)
 
 
-def _native_backward(
-    by_xla: Any, args: tuple[Array, Array], dfilters: Array
-) -> tuple[Array | None, ...]:
+def _native_backward(by_xla: Any, args: tuple[Array, Array], dfilters: Array) -> tuple[Array, ...]:
     weights, bank = args
 
     def gradients(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, ...]:
@@ -97,7 +217,8 @@ def _native_backward(
         shared=(1,),
         summed=(1, 2),
     )
-    return *_by_platform(here, gradients, weights, bank, dfilters), None
+    gradients_of: tuple[Array, ...] = _by_platform(here, gradients, weights, bank, dfilters)
+    return gradients_of
 
 
 _native.defvjp(_native_forward, _native_backward)

@@ -111,10 +111,11 @@ def region_conv(
             f"guide_features must have shape (batch, *out_spatial, regions) = {expected} with at "
             f"least one region for these x and filters, got {guide_features.shape}."
         )
-    return _choose(implementation)(x, filters, guide_features, window, groups, precision)
+    return choose(implementation)(x, filters, guide_features, window, groups, precision)
 
 
-def _choose(implementation: str | Sequence[str] | None) -> RegionConv:
+def choose(implementation: str | Sequence[str] | None) -> RegionConv:
+    """The implementation of that name, the first of several that does what is asked."""
     if implementation is None:
         return _AUTOMATIC
     names = [implementation] if isinstance(implementation, str) else list(implementation)

@@ -12,6 +12,9 @@
 //   dx           = the chosen filter's transpose applied to dy, scattered tap by tap.
 //   dW_j         = sum over region j's rows of x[window of p] dy[p]^T.
 //
+// Where nothing is differentiated, filters need not exist as arrays: a few of them at a time are mixed
+// from their bank, into a buffer that stays in a cache, and used at once.
+//
 // Every result is a sum in an order that depends on the shapes alone, never on the threads.
 
 #include <algorithm>
@@ -19,10 +22,12 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <numeric>
 #include <type_traits>
 #include <utility>
@@ -139,7 +144,11 @@ struct InstructionSet {
     static INLINE T Sum(const Register& lanes) {
       return SumLanes<T>(lanes, std::make_index_sequence<kLanes / 2>());
     }
-    INLINE void Spill(T* target) const { std::memcpy(target, part, sizeof part); }
+    INLINE void Spill(T* target) const {
+#pragma GCC unroll 8
+      for (int i = 0; i < kRegisters; ++i)
+        std::memcpy(target + i * kLanes, &part[i], kRegisterBytes);
+    }
   };
 };
 
@@ -548,7 +557,7 @@ struct Arrays {
   const T* x;
   const T* filters;
   const int32_t* offsets;  // null where every window is its own position
-  const std::vector<Regions>& regions;
+  const Regions* regions;  // one for every sample
   const T* zeros;
   int64_t threads;
 
@@ -970,14 +979,36 @@ struct ConvertTask {
 
 // Fresh memory costs a fault for every page that is first written, which for the filters' gradient
 // can take longer than its arithmetic: where the system lets a program choose, pages are large.
-void PreferLargePages(void* data, int64_t bytes) {
+constexpr size_t kLargePage = 2 << 20;
+
+void PreferLargePages(void* data, size_t bytes) {
 #ifdef MADV_HUGEPAGE
-  constexpr uintptr_t kPage = 2 << 20;
   const uintptr_t start = reinterpret_cast<uintptr_t>(data);
-  const uintptr_t first = (start + kPage - 1) / kPage * kPage, end = (start + bytes) / kPage * kPage;
+  const uintptr_t first = (start + kLargePage - 1) / kLargePage * kLargePage;
+  const uintptr_t end = (start + bytes) / kLargePage * kLargePage;
   if (end > first) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
 #endif
 }
+
+// A call's own memory, not initialized.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t size = 0) {
+    const size_t bytes = (size * sizeof(T) + kLargePage - 1) / kLargePage * kLargePage;
+    if (bytes == 0) return;
+    data_.reset(static_cast<T*>(std::aligned_alloc(kLargePage, bytes)));
+    if (!data_) throw std::bad_alloc();
+    PreferLargePages(data_.get(), bytes);
+  }
+  T* data() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* data) const { std::free(data); }
+  };
+  std::unique_ptr<T[], Free> data_;
+};
 
 // An argument in its computing type: itself, or a copy.
 template <typename S, typename T>
@@ -987,16 +1018,15 @@ class Widened {
     if constexpr (std::is_same_v<S, T>) {
       data_ = static_cast<const T*>(source);
     } else {
-      copy_.reset(new T[batch * size]);
-      PreferLargePages(copy_.get(), batch * size * sizeof(T));
-      workers.For(batch, ConvertTask<S, T>{size, static_cast<const S*>(source), copy_.get()});
-      data_ = copy_.get();
+      copy_ = Scratch<T>(batch * size);
+      workers.For(batch, ConvertTask<S, T>{size, static_cast<const S*>(source), copy_.data()});
+      data_ = copy_.data();
     }
   }
   const T* data() const { return data_; }
 
  private:
-  std::unique_ptr<T[]> copy_;
+  Scratch<T> copy_;
   const T* data_;
 };
 
@@ -1008,26 +1038,25 @@ class Narrowed {
       : target_(static_cast<S*>(target)), batch_(batch), size_(size) {
     PreferLargePages(target, batch * size * sizeof(S));
     if constexpr (!std::is_same_v<S, T>) {
-      copy_.reset(new T[batch * size]);
-      PreferLargePages(copy_.get(), batch * size * sizeof(T));
+      copy_ = Scratch<T>(batch * size);
     }
   }
   T* data() const {
     if constexpr (std::is_same_v<S, T>) {
       return target_;
     } else {
-      return copy_.get();
+      return copy_.data();
     }
   }
   void Finish(Workers& workers) const {
     if constexpr (!std::is_same_v<S, T>)
-      workers.For(batch_, ConvertTask<T, S>{size_, copy_.get(), target_});
+      workers.For(batch_, ConvertTask<T, S>{size_, copy_.data(), target_});
   }
 
  private:
   S* target_;
   int64_t batch_, size_;
-  std::unique_ptr<T[]> copy_;
+  Scratch<T> copy_;
 };
 
 // ---------------------------------------------------------------------------------------------
@@ -1044,6 +1073,8 @@ struct MixShape {
   int64_t chunks() const {
     return (size + kPanels * kPanelWidth<T> - 1) / (kPanels * kPanelWidth<T>);
   }
+  // Rows that make one filter of the region convolution: its taps, or it is one row.
+  int64_t pieces(const Shape& shape) const { return taps * regions / shape.regions; }
   int64_t WeightsAt(int64_t row, int64_t region) const { return (row * regions + region) * n; }
   int64_t FilterAt(int64_t row, int64_t region) const {
     return ((row / taps * regions + region) * taps + row % taps) * size;
@@ -1075,28 +1106,10 @@ struct BankChunk {
   }
 };
 
-// Which filters are of use: needed[b * m + j] tells whether a position of sample b chose region j.
-// The guide's m regions are the mixture's or, where it has but one, its taps.
-template <typename G>
-struct NeededTask {
-  using Value = int32_t;
-  int64_t positions, m;
-  const G* guide;
-  char* needed;
-
-  template <typename Isa>
-  INLINE void Run(int64_t sample) const {
-    std::vector<int32_t> region(positions);
-    FindRegions(guide + sample * positions * m, positions, m, region.data());
-    for (int64_t p = 0; p < positions; ++p) needed[sample * m + region[p]] = 1;
-  }
-};
-
 template <typename T>
 struct MixTask {
   using Value = T;
   const MixShape& shape;
-  const std::vector<char>& needed;  // see NeededTask; empty where every filter is
   const T* weights;
   const T* bank;
   const T* bias;
@@ -1106,11 +1119,9 @@ struct MixTask {
   INLINE void Run(int64_t number) const {
     using Panel = typename Isa::template Panel<T>;
     const BankChunk<T> chunk(shape, number, bank, bias);
-    std::vector<int32_t> made;
-    for (int64_t row = 0; row < shape.rows(); ++row)
-      if (needed.empty() || needed[shape.regions > 1 ? row / shape.taps * shape.regions + chunk.region : row])
-        made.push_back(row);
-    Blocks<Isa>(made.data(), made.size(), [&](auto block, const int32_t* rows, int64_t count, const int32_t* coming)
+    std::vector<int32_t> all(shape.rows());
+    std::iota(all.begin(), all.end(), 0);
+    Blocks<Isa>(all.data(), shape.rows(), [&](auto block, const int32_t* rows, int64_t count, const int32_t* coming)
                                               INLINE_LAMBDA {
       constexpr int R = decltype(block)::value;
       const T* weight[R];
@@ -1148,69 +1159,83 @@ struct MixGradientTask {
   T* dbank;
   T* dbias;
   T* parts;
+  bool more;  // dbank and dbias hold the sums over rows before these
 
   template <typename Isa>
   INLINE void Run(int64_t number) const {
     using Panel = typename Isa::template Panel<T>;
+    constexpr int64_t kWidth = kPanelWidth<T>;
     const BankChunk<T> chunk(shape, number, bank, nullptr);
-    const int64_t rows = shape.rows(), ones = shape.n;
-    // Every row's weights, and a one behind them: the bias's weight.
-    std::unique_ptr<T[]> weight(new T[rows * (shape.n + 1)]);
-    for (int64_t row = 0; row < rows; ++row) {
-      std::copy_n(weights + shape.WeightsAt(row, chunk.region), shape.n,
-                  &weight[row * (shape.n + 1)]);
-      weight[row * (shape.n + 1) + ones] = 1;
-    }
-    std::vector<int32_t> all(shape.n + 1);
-    std::iota(all.begin(), all.end(), 0);
-    const auto load = [&](int64_t row, int64_t p) INLINE_LAMBDA {
-      const int64_t at = chunk.first + p * kPanelWidth<T>;
-      const T* source = dfilters + shape.FilterAt(row, chunk.region) + at;
-      T padded[kPanelWidth<T>];
-      if (shape.size - at < kPanelWidth<T>) {
-        Pack<kPanelWidth<T>>(source, 1, 0, shape.size - at, padded);
+    const int64_t rows = shape.rows();
+    const T* const cotangents = dfilters + chunk.first;
+    const auto load = [&](const T* source, int64_t width) INLINE_LAMBDA {
+      T padded[kWidth];
+      if (width < kWidth) {
+        Pack<kWidth>(source, 1, 0, width, padded);
         source = padded;
       }
       return Panel::Load(source);
     };
-    for (int64_t p = 0; p < chunk.panels; ++p) {
-      const int64_t at = chunk.first + p * kPanelWidth<T>;
-      const int64_t width = std::min(kPanelWidth<T>, shape.size - at);
-      Blocks<Isa>(all.data(), shape.n + 1, [&](auto block, const int32_t* which, int64_t count, const int32_t*)
-                                               INLINE_LAMBDA {
-        constexpr int R = decltype(block)::value;
-        Panel sums[R];
-#pragma GCC unroll 12
-        for (int r = 0; r < R; ++r) sums[r] = Panel::Zero();
-        for (int64_t row = 0; row < rows; ++row) {
-          const Panel cotangent = load(row, p);
-          const T* scalars = &weight[row * (shape.n + 1)];
-#pragma GCC unroll 12
-          for (int r = 0; r < R; ++r) sums[r].AddProduct(scalars[which[r]], cotangent);
-        }
-        for (int64_t r = 0; r < count; ++r) {
-          T* const target = which[r] == ones
-                                ? dbias + chunk.region * shape.size
-                                : dbank + (chunk.region * shape.n + which[r]) * shape.size;
-          Store(sums[r], width, target + at);
-        }
-      });
-    }
+    const auto width_of = [&](int64_t p) INLINE_LAMBDA {
+      return std::min(kWidth, shape.size - chunk.first - p * kWidth);
+    };
+    std::vector<int32_t> all(shape.n + 1);
+    std::iota(all.begin(), all.end(), 0);
+
+    // First what reads every row's chunk in the order in which it lies.
     T* const part = parts + number % shape.chunks<T>() * rows * shape.regions * shape.n;
-    for (int64_t row = 0; row < rows; ++row)
-      Blocks<Isa>(all.data(), shape.n, [&](auto block, const int32_t* which, int64_t count, const int32_t*)
-                                           INLINE_LAMBDA {
+    for (int64_t row = 0; row < rows; ++row) {
+      const T* const cotangent = cotangents + shape.FilterAt(row, chunk.region);
+      const char* const next = reinterpret_cast<const char*>(
+          cotangents + shape.FilterAt(std::min(row + 2, rows - 1), chunk.region));
+      for (int64_t p = 0; p < chunk.panels; ++p) __builtin_prefetch(next + 64 * p);
+      Blocks<Isa>(all.data(), shape.n, [&](auto block, const int32_t* which, int64_t count,
+                                           const int32_t*) INLINE_LAMBDA {
         constexpr int R = decltype(block)::value;
         typename Panel::Register sums[R] = {};
         for (int64_t p = 0; p < chunk.panels; ++p) {
-          const Panel cotangent = load(row, p);
+          const Panel values = load(cotangent + p * kWidth, width_of(p));
 #pragma GCC unroll 12
-          for (int r = 0; r < R; ++r)
-            sums[r] += cotangent.Products(Panel::Load(chunk.At(which[r], p)));
+          for (int r = 0; r < R; ++r) sums[r] += values.Products(Panel::Load(chunk.At(which[r], p)));
         }
-        for (int64_t r = 0; r < count; ++r)
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
           part[shape.WeightsAt(row, chunk.region) + which[r]] = Panel::Sum(sums[r]);
       });
+    }
+
+    // Every row's weights, a one behind them, the bias's weight, and room for a block to end in.
+    const int64_t ones = shape.n, stride = shape.n + 1 + Isa::kRows;
+    std::unique_ptr<T[]> weight(new T[rows * stride]());
+    for (int64_t row = 0; row < rows; ++row) {
+      std::copy_n(weights + shape.WeightsAt(row, chunk.region), shape.n, &weight[row * stride]);
+      weight[row * stride + ones] = 1;
+    }
+    for (int64_t p = 0; p < chunk.panels; ++p) {
+      Blocks<Isa>(all.data(), shape.n + 1, [&](auto block, const int32_t* which, int64_t count,
+                                               const int32_t*) INLINE_LAMBDA {
+        constexpr int R = decltype(block)::value;
+        const auto target = [&](int64_t n) INLINE_LAMBDA {
+          T* const gradient = n == ones ? dbias + chunk.region * shape.size
+                                        : dbank + (chunk.region * shape.n + n) * shape.size;
+          return gradient + chunk.first + p * kWidth;
+        };
+        Panel sums[R], done[R];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r)
+          sums[r] = more ? load(target(which[r]), width_of(p)) : Panel::Zero();
+        const T* scalars = &weight[which[0]];
+        for (int64_t row = 0; row < rows; ++row, scalars += stride) {
+          const Panel values =
+              load(cotangents + shape.FilterAt(row, chunk.region) + p * kWidth, width_of(p));
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r) sums[r].AddProduct(scalars[r], values);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) done[r] = sums[r];
+        for (int64_t r = 0; r < count; ++r) Store(done[r], width_of(p), target(which[r]));
+      });
+    }
   }
 };
 
@@ -1232,16 +1257,155 @@ struct SumPartsTask {
   }
 };
 
+// y from filters that never exist as an array, for some of the samples and one strip of a group's
+// columns. A few filters' panels are mixed into a buffer that stays in a cache, and used at once.
+template <typename T>
+struct MixedForwardTask {
+  using Value = T;
+  static constexpr int64_t kStrip = 2 * kPanelWidth<T>;
+  const Arrays<T>& arrays;  // without filters
+  const MixShape& mixture;
+  int64_t parts, strips_per_group;
+  const T* weights;
+  const T* bank;
+  const T* bias;
+  T* y;
+
+  template <typename Isa>
+  INLINE void Run(int64_t number) const {
+    const Shape& shape = arrays.shape;
+    const int64_t strips = strips_per_group * shape.groups;
+    const Slice samples(number / strips, parts, shape.batch);
+    const int64_t g = number % strips / strips_per_group;
+    const int64_t start = number % strips_per_group * kStrip;
+    constexpr int64_t kMost = kPanelWidth<T, Isa::kPanels>;
+    constexpr int64_t kCached = 1 << 20;  // bytes of filters at once
+    const int64_t pieces = mixture.pieces(shape), height = mixture.size / shape.features;
+    const int64_t sharing = shape.regions / mixture.regions;  // regions of one bank
+    const int64_t at_once =
+        std::clamp<int64_t>(kCached / (pieces * height * kMost * sizeof(T)), 1,
+                            std::max<int64_t>(1, Isa::kRows / pieces));
+    std::unique_ptr<T[]> banks(new T[height * (1 + mixture.n) * kMost]);
+    std::unique_ptr<T[]> scalars(new T[mixture.n * Isa::kRows]);
+    std::unique_ptr<T[]> filters(new T[(at_once * pieces + Isa::kRows) * height * kMost]);
+    std::vector<Filter> chosen;
+    std::vector<int32_t> rows;
+    for (int64_t r = 0; r < mixture.regions; ++r) {
+      chosen.clear();
+      for (int64_t sample = samples.begin; sample < samples.end; ++sample) {
+        const std::vector<int32_t>& first = arrays.regions[sample].first;
+        for (int64_t j = r * sharing; j < (r + 1) * sharing; ++j)
+          if (first[j] < first[j + 1]) chosen.push_back({sample, j});
+      }
+      Panels<Isa::kPanels, T>(std::min(kStrip, shape.features_per_group - start),
+                              [&](auto panels, int64_t first, int64_t width) INLINE_LAMBDA {
+        using Panel = typename Isa::template Panel<T, decltype(panels)::value>;
+        constexpr int64_t kWidth = kPanelWidth<T, decltype(panels)::value>;
+        const int64_t column = g * shape.features_per_group + start + first;
+        T* packed = banks.get();
+        for (int64_t i = 0; i < height; ++i)
+          for (int64_t n = -1; n < mixture.n; ++n, packed += kWidth) {
+            const T* const source =
+                n < 0 ? bias + r * mixture.size : bank + (r * mixture.n + n) * mixture.size;
+            Pack<kWidth>(source + i * shape.features + column, 1, 0, width, packed);
+          }
+        for (size_t begin = 0; begin < chosen.size(); begin += at_once) {
+          const size_t end = std::min<size_t>(begin + at_once, chosen.size());
+          rows.clear();
+          for (size_t c = begin; c < end; ++c)
+            for (int64_t piece = 0; piece < pieces; ++piece)
+              rows.push_back(chosen[c].sample * mixture.taps +
+                             (chosen[c].region - r * sharing) * pieces + piece);
+          MixPanels<Isa, Panel>(rows, r, height, banks.get(), scalars.get(), filters.get());
+          const T* filter = filters.get();
+          for (size_t c = begin; c < end; ++c, filter += pieces * height * kWidth)
+            Convolve<Isa, Panel>(chosen[c], g, filter, width, column);
+        }
+      });
+    }
+  }
+
+ private:
+  struct Filter {
+    int64_t sample, region;
+  };
+
+  // Panels of the mixtures in `rows`, one behind the other. Those of the last block may be followed
+  // by copies of its last one.
+  template <typename Isa, typename Panel>
+  INLINE void MixPanels(const std::vector<int32_t>& rows, int64_t region, int64_t height,
+                        const T* banks, T* scalars, T* panel) const {
+    constexpr int64_t kWidth = sizeof(Panel) / sizeof(T);
+    Blocks<Isa>(rows.data(), rows.size(), [&](auto size, const int32_t* row, int64_t count,
+                                              const int32_t*) INLINE_LAMBDA {
+      constexpr int R = decltype(size)::value;
+      for (int64_t n = 0; n < mixture.n; ++n)
+        for (int r = 0; r < R; ++r)
+          scalars[n * R + r] = weights[mixture.WeightsAt(row[r], region) + n];
+      const T* values = banks;
+      for (int64_t i = 0; i < height; ++i, panel += kWidth) {
+        Panel sums[R];
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) sums[r] = Panel::Load(values);
+        values += kWidth;
+        for (int64_t n = 0; n < mixture.n; ++n, values += kWidth) {
+          const Panel value = Panel::Load(values);
+#pragma GCC unroll 12
+          for (int r = 0; r < R; ++r) sums[r].AddProduct(scalars[n * R + r], value);
+        }
+#pragma GCC unroll 12
+        for (int r = 0; r < R; ++r) sums[r].Spill(panel + r * height * kWidth);
+      }
+      panel += (count - 1) * height * kWidth;
+    });
+  }
+
+  // One panel of y's columns, at the positions that chose this filter.
+  template <typename Isa, typename Panel>
+  INLINE void Convolve(const Filter& chosen, int64_t g, const T* filter, int64_t width,
+                       int64_t column) const {
+    constexpr int64_t kWidth = sizeof(Panel) / sizeof(T);
+    const Shape& shape = arrays.shape;
+    const Regions& regions = arrays.regions[chosen.sample];
+    const int32_t* const first = regions.first.data() + chosen.region;
+    const Windows<T> windows = arrays.WindowsOf(chosen.sample, g);
+    T* const y = this->y + chosen.sample * shape.positions * shape.features + column;
+    Ahead ahead{reinterpret_cast<const char*>(filter), sizeof(Panel)};
+    Blocks<Isa>(regions.order.data() + first[0], first[1] - first[0],
+                [&](auto size, const int32_t* rows, int64_t count, const int32_t* coming)
+                    INLINE_LAMBDA {
+      constexpr int R = decltype(size)::value;
+      Panel sums[R], done[R];
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) FetchToWrite<sizeof(Panel) / 64>(y + rows[r] * shape.features);
+      Multiply(windows, rows, coming, Weights<T>{filter, kWidth}, ahead, sums);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) done[r] = sums[r];  // lest sums be kept in memory all the time
+      for (int64_t r = 0; r < count; ++r) Store(done[r], width, y + rows[r] * shape.features);
+    });
+  }
+};
+
 template <typename S, typename T>
 void Mix(const MixShape& shape, Workers& workers, const void* weights, const void* bank,
-         const void* bias, const std::vector<char>& needed, void* filters) {
+         const void* bias, void* filters) {
   const Widened<S, T> w(workers, weights, shape.rows(), shape.regions * shape.n);
   const Widened<S, T> values(workers, bank, shape.regions * shape.n, shape.size);
   const Widened<S, T> start(workers, bias, shape.regions, shape.size);
   Narrowed<S, T> result(filters, shape.rows() * shape.regions, shape.size);
   workers.For(shape.regions * shape.chunks<T>(),
-              MixTask<T>{shape, needed, w.data(), values.data(), start.data(), result.data()});
+              MixTask<T>{shape, w.data(), values.data(), start.data(), result.data()});
   result.Finish(workers);
+}
+
+template <typename T>
+void MixGradients(const MixShape& shape, Workers& workers, const T* weights, const T* bank,
+                  const T* dfilters, T* dweights, T* dbank, T* dbias, bool more) {
+  std::unique_ptr<T[]> parts(
+      new T[shape.chunks<T>() * shape.rows() * shape.regions * shape.n]);
+  workers.For(shape.regions * shape.chunks<T>(),
+              MixGradientTask<T>{shape, weights, bank, dfilters, dbank, dbias, parts.get(), more});
+  workers.For(shape.rows(), SumPartsTask<T>{shape, parts.get(), dweights});
 }
 
 template <typename S, typename T>
@@ -1253,12 +1417,8 @@ void MixBackward(const MixShape& shape, Workers& workers, const void* weights, c
   Narrowed<S, T> weight_gradient(dweights, shape.rows(), shape.regions * shape.n);
   Narrowed<S, T> bank_gradient(dbank, shape.regions * shape.n, shape.size);
   Narrowed<S, T> bias_gradient(dbias, shape.regions, shape.size);
-  std::unique_ptr<T[]> parts(
-      new T[shape.chunks<T>() * shape.rows() * shape.regions * shape.n]);
-  workers.For(shape.regions * shape.chunks<T>(),
-              MixGradientTask<T>{shape, w.data(), values.data(), cotangent.data(),
-                                 bank_gradient.data(), bias_gradient.data(), parts.get()});
-  workers.For(shape.rows(), SumPartsTask<T>{shape, parts.get(), weight_gradient.data()});
+  MixGradients(shape, workers, w.data(), values.data(), cotangent.data(), weight_gradient.data(),
+               bank_gradient.data(), bias_gradient.data(), false);
   weight_gradient.Finish(workers);
   bank_gradient.Finish(workers);
   bias_gradient.Finish(workers);
@@ -1269,31 +1429,31 @@ void MixBackward(const MixShape& shape, Workers& workers, const void* weights, c
 
 using Numbers = ffi::Span<const int64_t>;
 
-// x (batch, *spatial, in), filters (batch, m, *kernel, in / groups, features) and guide (batch, *out,
-// m), with one to three spatial dimensions; fewer than three are the last ones.
-ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::AnyBuffer guide,
-                              Numbers strides, Numbers low, Numbers dilation, int64_t groups) {
-  const auto xs = x.dimensions(), ws = filters.dimensions(), gs = guide.dimensions();
+// x (batch, *spatial, in) and guide (batch, *out, m), with one to three spatial dimensions; fewer than
+// three are the last ones.
+ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer guide, Numbers kernel,
+                              int64_t features, Numbers strides, Numbers low, Numbers dilation,
+                              int64_t groups) {
+  const auto xs = x.dimensions(), gs = guide.dimensions();
   const size_t rank = strides.size();
-  if (rank < 1 || rank > 3 || xs.size() != rank + 2 || ws.size() != rank + 4 ||
-      gs.size() != rank + 2 || gs[rank + 1] != ws[1] || low.size() != rank ||
-      dilation.size() != rank ||
+  if (rank < 1 || rank > 3 || xs.size() != rank + 2 || kernel.size() != rank ||
+      gs.size() != rank + 2 || low.size() != rank || dilation.size() != rank ||
       (guide.element_type() != ffi::DataType::F32 && guide.element_type() != ffi::DataType::F64))
     return ffi::Unexpected(ffi::Error::InvalidArgument("region_conv: malformed call"));
   Shape s;
   s.batch = xs[0];
   s.in = xs[rank + 1];
-  s.regions = ws[1];
-  s.features = ws[rank + 3];
+  s.regions = gs[rank + 1];
+  s.features = features;
   s.groups = groups;
-  s.in_per_group = ws[rank + 2];
+  s.in_per_group = s.in / groups;
   s.features_per_group = s.features / groups;
   s.spatial = s.kernel = s.out = s.strides = s.dilation = {1, 1, 1};
   s.low = {0, 0, 0};
   s.positions = s.in_positions = s.taps = 1;
   for (size_t i = 0, d = 3 - rank; i < rank; ++i, ++d) {
     s.spatial[d] = xs[1 + i];
-    s.kernel[d] = ws[2 + i];
+    s.kernel[d] = kernel[i];
     s.out[d] = gs[1 + i];
     s.strides[d] = strides[i];
     s.low[d] = low[i];
@@ -1303,6 +1463,17 @@ ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::Any
     s.taps *= s.kernel[d];
   }
   return s;
+}
+
+// filters (batch, m, *kernel, in / groups, features).
+ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::AnyBuffer guide,
+                              Numbers strides, Numbers low, Numbers dilation, int64_t groups) {
+  const auto ws = filters.dimensions();
+  const size_t rank = strides.size();
+  if (ws.size() != rank + 4)
+    return ffi::Unexpected(ffi::Error::InvalidArgument("region_conv: malformed call"));
+  return ReadShape(x, guide, Numbers(ws.begin() + 2, rank), ws[rank + 3], strides, low, dilation,
+                   groups);
 }
 
 bool Pointwise(const Shape& s) {
@@ -1315,76 +1486,169 @@ bool Pointwise(const Shape& s) {
 // What both directions prepare: the windows' offsets, and every sample's regions.
 template <typename S, typename T>
 struct Prepared {
-  Widened<S, T> x, filters;
+  Widened<S, T> x;
   std::vector<int32_t> offsets;
   std::vector<Regions> regions;
   std::vector<T> zeros;
   Arrays<T> arrays;
-  int64_t parts;  // slices of a sample: enough for every thread, none of a few rows only
 
-  Prepared(const Shape& shape, Workers& workers, const void* x_values, const void* filter_values,
+  Prepared(const Shape& shape, Workers& workers, const void* x_values, const T* filters,
            ffi::AnyBuffer guide)
       : x(workers, x_values, shape.batch, shape.in_positions * shape.in),
-        filters(workers, filter_values, shape.batch, shape.regions * shape.filter_size()),
         offsets(Pointwise(shape) ? std::vector<int32_t>() : WindowOffsets(shape)),
         regions(shape.batch),
         zeros(shape.in_per_group),
         arrays{shape,
                x.data(),
-               filters.data(),
+               filters,
                Pointwise(shape) ? nullptr : offsets.data(),
-               regions,
+               regions.data(),
                zeros.data(),
-               workers.threads()},
-        parts(1) {
+               workers.threads()} {
     if (guide.element_type() == ffi::DataType::F64) {
       workers.For(shape.batch, SortTask<double>{shape, guide.typed_data<double>(), regions});
     } else {
       workers.For(shape.batch, SortTask<float>{shape, guide.typed_data<float>(), regions});
     }
-    const int64_t wanted = 4 * workers.threads();
-    if (shape.batch > 0 && shape.batch < wanted)
-      parts = std::clamp<int64_t>(wanted / shape.batch, 1, std::max<int64_t>(1, shape.positions / 64));
   }
 };
+
+// Slices of a sample: enough for every thread, none of a few rows only.
+int64_t SlicesOf(const Shape& shape, const Workers& workers) {
+  const int64_t wanted = 4 * workers.threads();
+  if (shape.batch == 0 || shape.batch >= wanted) return 1;
+  return std::clamp<int64_t>(wanted / shape.batch, 1, std::max<int64_t>(1, shape.positions / 64));
+}
 
 template <typename S, typename T>
 void Forward(const Shape& shape, Workers& workers, const void* x, const void* filters,
              ffi::AnyBuffer guide, void* y) {
-  const Prepared<S, T> call(shape, workers, x, filters, guide);
+  const Widened<S, T> all(workers, filters, shape.batch, shape.regions * shape.filter_size());
+  const Prepared<S, T> call(shape, workers, x, all.data(), guide);
   Narrowed<S, T> output(y, shape.batch, shape.positions * shape.features);
-  workers.For(shape.batch * call.parts, ForwardTask<T>{call.arrays, call.parts, output.data()});
+  const int64_t slices = SlicesOf(shape, workers);
+  workers.For(shape.batch * slices, ForwardTask<T>{call.arrays, slices, output.data()});
   output.Finish(workers);
+}
+
+template <typename T>
+void Gradients(const Arrays<T>& arrays, Workers& workers, const T* y, const T* dy, T* dx,
+               T* dfilters, T* scores) {
+  const Shape& shape = arrays.shape;
+  // Every filter meets all rows of a slice, which should stay in a core's second cache.
+  constexpr int64_t kCached = 512 << 10;
+  const int64_t slice = shape.in_positions * shape.in + shape.positions * shape.features;
+  const int64_t slices = std::max(SlicesOf(shape, workers),
+                                  std::min<int64_t>(slice * sizeof(T) / kCached, shape.positions / 64));
+  workers.For(shape.batch * slices, ScoresTask<T>{arrays, slices, y, dy, scores});
+  workers.For(shape.batch * shape.regions, FilterGradientTask<T>{arrays, dy, dfilters});
+  constexpr int64_t kStrip = InputGradientTask<T>::kStrip;
+  const int64_t strips = (shape.in_per_group + kStrip - 1) / kStrip;
+  workers.For(shape.batch * shape.groups * strips, InputGradientTask<T>{arrays, strips, dy, dx});
 }
 
 template <typename S, typename T>
 void Backward(const Shape& shape, Workers& workers, const void* x, const void* filters,
               ffi::AnyBuffer guide, const void* y, const void* dy, void* dx, void* dfilters,
               void* scores) {
-  const Prepared<S, T> call(shape, workers, x, filters, guide);
+  const Widened<S, T> all(workers, filters, shape.batch, shape.regions * shape.filter_size());
+  const Prepared<S, T> call(shape, workers, x, all.data(), guide);
   const int64_t out_size = shape.positions * shape.features;
   const Widened<S, T> output(workers, y, shape.batch, out_size);
   const Widened<S, T> cotangent(workers, dy, shape.batch, out_size);
-  // Every filter meets all rows of a slice, which should stay in a core's second cache.
-  constexpr int64_t kCached = 512 << 10;
-  const int64_t slice = shape.in_positions * shape.in + shape.positions * shape.features;
-  const int64_t parts = std::max(
-      call.parts, std::min<int64_t>(slice * sizeof(T) / kCached, shape.positions / 64));
-  workers.For(shape.batch * parts, ScoresTask<T>{call.arrays, parts, output.data(),
-                                                 cotangent.data(), static_cast<T*>(scores)});
-
-  Narrowed<S, T> filter_gradient(dfilters, shape.batch, shape.regions * shape.filter_size());
-  workers.For(shape.batch * shape.regions,
-              FilterGradientTask<T>{call.arrays, cotangent.data(), filter_gradient.data()});
-  filter_gradient.Finish(workers);
-
   Narrowed<S, T> input_gradient(dx, shape.batch, shape.in_positions * shape.in);
-  constexpr int64_t kStrip = InputGradientTask<T>::kStrip;
-  const int64_t strips = (shape.in_per_group + kStrip - 1) / kStrip;
-  workers.For(
-      shape.batch * shape.groups * strips,
-      InputGradientTask<T>{call.arrays, strips, cotangent.data(), input_gradient.data()});
+  Narrowed<S, T> filter_gradient(dfilters, shape.batch, shape.regions * shape.filter_size());
+  Gradients(call.arrays, workers, output.data(), cotangent.data(), input_gradient.data(),
+            filter_gradient.data(), static_cast<T*>(scores));
   input_gradient.Finish(workers);
+  filter_gradient.Finish(workers);
+}
+
+template <typename S, typename T>
+void MixedForward(const Shape& shape, const MixShape& mixture, Workers& workers, const void* x,
+                  const void* weights, const void* bank, const void* bias, ffi::AnyBuffer guide,
+                  void* y) {
+  const Prepared<S, T> call(shape, workers, x, nullptr, guide);
+  const Widened<S, T> w(workers, weights, mixture.rows(), mixture.regions * mixture.n);
+  const Widened<S, T> values(workers, bank, mixture.regions * mixture.n, mixture.size);
+  const Widened<S, T> start(workers, bias, mixture.regions, mixture.size);
+  Narrowed<S, T> output(y, shape.batch, shape.positions * shape.features);
+  constexpr int64_t kStrip = MixedForwardTask<T>::kStrip;
+  const int64_t strips = (shape.features_per_group + kStrip - 1) / kStrip;
+  const int64_t all_strips = strips * shape.groups;
+  const int64_t slices = SlicesOf(shape, workers);
+  if (all_strips * shape.batch < std::min(2 * workers.threads(), slices * shape.batch)) {
+    // Few samples with few channels feed many threads by slices of their positions only.
+    const Scratch<T> filters(mixture.rows() * mixture.regions * mixture.size);
+    workers.For(mixture.regions * mixture.chunks<T>(),
+                MixTask<T>{mixture, w.data(), values.data(), start.data(), filters.data()});
+    Arrays<T> arrays = call.arrays;
+    arrays.filters = filters.data();
+    workers.For(shape.batch * slices, ForwardTask<T>{arrays, slices, output.data()});
+  } else {
+    // A bank is read once for every part of the batch: as few parts as feed the threads.
+    const int64_t wanted = (4 * workers.threads() + all_strips - 1) / all_strips;
+    const int64_t parts = std::clamp<int64_t>(wanted, 1, std::max<int64_t>(1, shape.batch));
+    workers.For(parts * all_strips,
+                MixedForwardTask<T>{call.arrays, mixture, parts, strips, w.data(), values.data(),
+                                    start.data(), output.data()});
+  }
+  output.Finish(workers);
+}
+
+// Some samples at a time, whose filters and their gradients are mixed anew, used and done with while
+// they are in a cache: `scratch` holds both for `at_once` samples.
+template <typename S, typename T>
+void MixedBackward(const Shape& shape, const MixShape& mixture, Workers& workers, const void* x,
+                   const void* weights, const void* bank, const void* bias, ffi::AnyBuffer guide,
+                   const void* y, const void* dy, void* dx, void* dweights, void* dbank,
+                   void* dbias, void* scores, int64_t at_once, T* scratch) {
+  const Prepared<S, T> call(shape, workers, x, nullptr, guide);
+  const Widened<S, T> w(workers, weights, mixture.rows(), mixture.regions * mixture.n);
+  const Widened<S, T> values(workers, bank, mixture.regions * mixture.n, mixture.size);
+  const Widened<S, T> start(workers, bias, mixture.regions, mixture.size);
+  const int64_t in_size = shape.in_positions * shape.in;
+  const int64_t out_size = shape.positions * shape.features;
+  const Widened<S, T> output(workers, y, shape.batch, out_size);
+  const Widened<S, T> cotangent(workers, dy, shape.batch, out_size);
+  Narrowed<S, T> input_gradient(dx, shape.batch, in_size);
+  Narrowed<S, T> weight_gradient(dweights, mixture.rows(), mixture.regions * mixture.n);
+  Narrowed<S, T> bank_gradient(dbank, mixture.regions * mixture.n, mixture.size);
+  Narrowed<S, T> bias_gradient(dbias, mixture.regions, mixture.size);
+  const int64_t filters_size = at_once * shape.regions * shape.filter_size();
+  T* const filters = scratch;
+  T* const dfilters = scratch + filters_size;
+  PreferLargePages(scratch, 2 * filters_size * sizeof(T));
+  bool more = false;
+  for (int64_t begin = 0; begin < shape.batch; begin += at_once, more = true) {
+    Shape some = shape;
+    MixShape mixed = mixture;
+    some.batch = mixed.batch = std::min(at_once, shape.batch - begin);
+    Arrays<T> arrays{some,
+                     call.arrays.x + begin * in_size,
+                     filters,
+                     call.arrays.offsets,
+                     call.arrays.regions + begin,
+                     call.arrays.zeros,
+                     workers.threads()};
+    const int64_t weights_at = mixture.WeightsAt(begin * mixture.taps, 0);
+    workers.For(mixed.regions * mixed.chunks<T>(),
+                MixTask<T>{mixed, w.data() + weights_at, values.data(), start.data(), filters});
+    Gradients(arrays, workers, output.data() + begin * out_size, cotangent.data() + begin * out_size,
+              input_gradient.data() + begin * in_size, dfilters,
+              static_cast<T*>(scores) + begin * shape.positions * shape.regions);
+    MixGradients(mixed, workers, w.data() + weights_at, values.data(), dfilters,
+                 weight_gradient.data() + weights_at, bank_gradient.data(), bias_gradient.data(),
+                 more);
+  }
+  if (!more) {  // an empty batch
+    std::fill_n(bank_gradient.data(), mixture.regions * mixture.n * mixture.size, T(0));
+    std::fill_n(bias_gradient.data(), mixture.regions * mixture.size, T(0));
+  }
+  input_gradient.Finish(workers);
+  weight_gradient.Finish(workers);
+  bank_gradient.Finish(workers);
+  bias_gradient.Finish(workers);
 }
 
 template <typename Body>
@@ -1439,25 +1703,67 @@ ffi::ErrorOr<MixShape> ReadMixShape(ffi::AnyBuffer weights, ffi::AnyBuffer bank)
   return MixShape{ws[0], ws[1], ws[2], ws[3], bs[2]};
 }
 
+// The same, that mix the filters of a region convolution.
+ffi::ErrorOr<MixShape> ReadMixShape(ffi::AnyBuffer weights, ffi::AnyBuffer bank,
+                                    const Shape& shape) {
+  auto mixture = ReadMixShape(weights, bank);
+  if (mixture.has_value() &&
+      (mixture->batch != shape.batch || shape.regions % mixture->regions != 0 ||
+       mixture->size % shape.features != 0 ||
+       mixture->pieces(shape) * mixture->size != shape.filter_size()))
+    return ffi::Unexpected(ffi::Error::InvalidArgument("mixed_region_conv: malformed call"));
+  return mixture;
+}
+
 ffi::Error MixHandler(ffi::ThreadPool pool, ffi::AnyBuffer weights, ffi::AnyBuffer bank,
-                      ffi::AnyBuffer bias, ffi::AnyBuffer guide,
-                      ffi::Result<ffi::AnyBuffer> filters) {
+                      ffi::AnyBuffer bias, ffi::Result<ffi::AnyBuffer> filters) {
   auto shape = ReadMixShape(weights, bank);
   if (!shape.has_value()) return shape.error();
-  const auto gs = guide.dimensions();  // (batch, positions, m), no position where all are needed
-  if (gs.size() != 3 || gs[2] != (shape->regions > 1 ? shape->regions : shape->taps))
-    return ffi::Error::InvalidArgument("mix: malformed call");
   Workers workers(pool);
-  std::vector<char> needed(gs[1] > 0 ? gs[0] * gs[2] : 0);
-  if (needed.empty()) {
-  } else if (guide.element_type() == ffi::DataType::F64) {
-    workers.For(gs[0], NeededTask<double>{gs[1], gs[2], guide.typed_data<double>(), needed.data()});
-  } else {
-    workers.For(gs[0], NeededTask<float>{gs[1], gs[2], guide.typed_data<float>(), needed.data()});
-  }
   return ByType(weights.element_type(), [&](auto s, auto t) {
     Mix<decltype(s), decltype(t)>(*shape, workers, weights.untyped_data(), bank.untyped_data(),
-                                  bias.untyped_data(), needed, filters->untyped_data());
+                                  bias.untyped_data(), filters->untyped_data());
+  });
+}
+
+ffi::Error MixedForwardHandler(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights,
+                               ffi::AnyBuffer bank, ffi::AnyBuffer bias, ffi::AnyBuffer guide,
+                               ffi::Result<ffi::AnyBuffer> y, Numbers kernel, Numbers strides,
+                               Numbers low, Numbers dilation, int64_t groups) {
+  auto shape = ReadShape(x, guide, kernel, y->dimensions().back(), strides, low, dilation, groups);
+  if (!shape.has_value()) return shape.error();
+  auto mixture = ReadMixShape(weights, bank, *shape);
+  if (!mixture.has_value()) return mixture.error();
+  Workers workers(pool);
+  return ByType(x.element_type(), [&](auto s, auto t) {
+    MixedForward<decltype(s), decltype(t)>(*shape, *mixture, workers, x.untyped_data(),
+                                           weights.untyped_data(), bank.untyped_data(),
+                                           bias.untyped_data(), guide, y->untyped_data());
+  });
+}
+
+ffi::Error MixedBackwardHandler(
+    ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer weights, ffi::AnyBuffer bank,
+    ffi::AnyBuffer bias, ffi::AnyBuffer guide, ffi::AnyBuffer y, ffi::AnyBuffer dy,
+    ffi::Result<ffi::AnyBuffer> dx, ffi::Result<ffi::AnyBuffer> dweights,
+    ffi::Result<ffi::AnyBuffer> dbank, ffi::Result<ffi::AnyBuffer> dbias,
+    ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::AnyBuffer> scratch, Numbers kernel,
+    Numbers strides, Numbers low, Numbers dilation, int64_t groups) {
+  auto shape = ReadShape(x, guide, kernel, y.dimensions().back(), strides, low, dilation, groups);
+  if (!shape.has_value()) return shape.error();
+  auto mixture = ReadMixShape(weights, bank, *shape);
+  if (!mixture.has_value()) return mixture.error();
+  const auto ss = scratch->dimensions();  // (2, samples at once, size of their filters)
+  if (ss.size() != 3 || ss[0] != 2 || ss[2] != shape->regions * shape->filter_size() ||
+      (ss[1] < 1 && shape->batch > 0))
+    return ffi::Error::InvalidArgument("mixed_region_conv: malformed call");
+  Workers workers(pool);
+  return ByType(x.element_type(), [&](auto s, auto t) {
+    MixedBackward<decltype(s), decltype(t)>(
+        *shape, *mixture, workers, x.untyped_data(), weights.untyped_data(), bank.untyped_data(),
+        bias.untyped_data(), guide, y.untyped_data(), dy.untyped_data(), dx->untyped_data(),
+        dweights->untyped_data(), dbank->untyped_data(), dbias->untyped_data(),
+        scores->untyped_data(), ss[1], static_cast<decltype(t)*>(scratch->untyped_data()));
   });
 }
 
@@ -1483,7 +1789,6 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mix, MixHandler,
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
                                   .Arg<ffi::AnyBuffer>()
-                                  .Arg<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mix_backward, MixBackwardHandler,
@@ -1495,6 +1800,43 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mix_backward, MixBackwardHandler,
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>()
                                   .Ret<ffi::AnyBuffer>());
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mixed_region_conv_forward, MixedForwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<Numbers>("kernel")
+                                  .Attr<Numbers>("strides")
+                                  .Attr<Numbers>("low")
+                                  .Attr<Numbers>("dilation")
+                                  .Attr<int64_t>("groups"));
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_mixed_region_conv_backward, MixedBackwardHandler,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Ret<ffi::AnyBuffer>()
+                                  .Attr<Numbers>("kernel")
+                                  .Attr<Numbers>("strides")
+                                  .Attr<Numbers>("low")
+                                  .Attr<Numbers>("dilation")
+                                  .Attr<int64_t>("groups"));
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(drconv_region_conv_forward, ForwardHandler,
                               ffi::Ffi::Bind()

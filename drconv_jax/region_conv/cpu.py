@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.machinery
+import os
 import pathlib
 import warnings
 from typing import Any
@@ -19,8 +20,11 @@ from drconv_jax.region_conv.fused import Statics
 
 _FORWARD = "drconv_region_conv_forward"
 _BACKWARD = "drconv_region_conv_backward"
+_MIXED_FORWARD = "drconv_mixed_region_conv_forward"
+_MIXED_BACKWARD = "drconv_mixed_region_conv_backward"
 _MIX = "drconv_mix"
 _MIX_BACKWARD = "drconv_mix_backward"
+_CACHED = 4 << 20  # bytes of filters at once
 _DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 
 
@@ -36,7 +40,7 @@ def available() -> bool:
         )
         return False
     library = ctypes.CDLL(str(path))
-    for name in (_FORWARD, _BACKWARD, _MIX, _MIX_BACKWARD):
+    for name in (_FORWARD, _BACKWARD, _MIXED_FORWARD, _MIXED_BACKWARD, _MIX, _MIX_BACKWARD):
         jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform="cpu")
     return True
 
@@ -72,11 +76,55 @@ def backward(
     return dx, dfilters, scores_of
 
 
-def mix(weights: Array, bank: Array, bias: Array, guide_features: Array) -> Array:
-    """See `drconv_jax.mixing.mix`; a guide without positions needs every filter."""
+def mixed_forward(
+    statics: Statics,
+    features: int,
+    x: Array,
+    weights: Array,
+    bank: Array,
+    bias: Array,
+    guide_features: Array,
+) -> Array:
+    """`forward` with the filters that `mix` makes; they have as many features."""
+    shape = jax.ShapeDtypeStruct((*guide_features.shape[:-1], features), x.dtype)
+    call = jax.ffi.ffi_call(_MIXED_FORWARD, shape)
+    y: Array = call(x, weights, bank, bias, _wide(guide_features), **_mixed_attributes(statics))
+    return y
+
+
+def mixed_backward(
+    statics: Statics,
+    x: Array,
+    weights: Array,
+    bank: Array,
+    bias: Array,
+    guide_features: Array,
+    y: Array,
+    dy: Array,
+) -> tuple[Array, ...]:
+    """`backward` and then `mix_backward`: dx, dweights, dbank, dbias and the scores."""
+    wide = accumulator(x.dtype)
+    results = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (x, weights, bank, bias)]
+    results.append(jax.ShapeDtypeStruct(guide_features.shape, wide))
+    # The filters and their gradients of as few samples as are worth reading the bank for and feed
+    # all cores, that these may stay in a cache.
+    batch, taps, regions, _ = weights.shape
+    filters = taps * regions * bank.shape[-1]
+    least = max(_CACHED // wide.itemsize, 2 * bank.size)
+    several = max(2 * (os.cpu_count() or 1), -(-least // filters))
+    at_once = jax.core.min_dim(batch, several)  # which takes the batch of an export too
+    results.append(jax.ShapeDtypeStruct((2, at_once, filters), wide))
+    call = jax.ffi.ffi_call(_MIXED_BACKWARD, results)
+    arguments = x, weights, bank, bias, _wide(guide_features), y, dy
+    *gradients, _ = call(*arguments, **_mixed_attributes(statics))
+    return tuple(gradients)
+
+
+def mix(weights: Array, bank: Array, bias: Array) -> Array:
+    """See `drconv_jax.mixing.mix`."""
     batch, taps, regions, _ = weights.shape
     shape = jax.ShapeDtypeStruct((batch, regions, taps, bank.shape[-1]), weights.dtype)
-    filters: Array = jax.ffi.ffi_call(_MIX, shape)(weights, bank, bias, guide_features)
+    filters: Array = jax.ffi.ffi_call(_MIX, shape)(weights, bank, bias)
     return filters
 
 
@@ -98,12 +146,22 @@ def _prepare(
         )
     if not does(x.dtype):
         raise NotImplementedError(f'implementation "cpu" does not do {x.dtype}.')
+    return (x, filters, _wide(guide_features)), _attributes(statics)
+
+
+def _wide(guide_features: Array) -> Array:
+    return guide_features.astype(accumulator(guide_features.dtype))
+
+
+def _attributes(statics: Statics) -> dict[str, Any]:
     window = statics.window
-    attributes = {
+    return {
         "strides": np.array(window.strides, np.int64),
         "low": np.array([low for low, _ in window.padding], np.int64),
         "dilation": np.array(window.dilation, np.int64),
         "groups": np.int64(statics.groups),
     }
-    guide = guide_features.astype(accumulator(guide_features.dtype))
-    return (x, filters, guide), attributes
+
+
+def _mixed_attributes(statics: Statics) -> dict[str, Any]:
+    return {"kernel": np.array(statics.window.kernel_size, np.int64), **_attributes(statics)}

@@ -85,14 +85,9 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
       opaque: whether XLA cannot see that the kernel treats samples apart, and must be told.
     """
 
-    def with_batch_axis(function: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
-        function = functools.partial(function, statics)
-        return foldable(per_shard(function) if opaque else function)
-
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def convolve(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
-        forward = with_batch_axis(kernel.forward, statics)
-        return forward(x, filters, guide_features)
+        return samplewise(kernel.forward, statics, opaque)(x, filters, guide_features)
 
     def convolve_forward(
         statics: Statics, x: Array, filters: Array, guide_features: Array
@@ -104,7 +99,7 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
         statics: Statics, residuals: tuple[Array, ...], dy: Array
     ) -> tuple[Array, Array, Array]:
         x, filters, guide_features, y = residuals
-        backward = with_batch_axis(kernel.backward, statics)
+        backward = samplewise(kernel.backward, statics, opaque)
         dx, dfilters, scores = backward(x, filters, guide_features, y, dy)
         return dx, dfilters, softmax_vjp(guide_features, scores)
 
@@ -122,6 +117,12 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
         return convolve(statics, x, filters, guide_features)
 
     return region_conv
+
+
+def samplewise(function: Callable[..., Any], statics: Statics, opaque: bool) -> Callable[..., Any]:
+    """A kernel's `function` over arrays with a batch axis, fit for `vmap` and for a mesh."""
+    function = functools.partial(function, statics)
+    return foldable(per_shard(function) if opaque else function)
 
 
 def foldable(function: Callable[..., Any]) -> Callable[..., Any]:

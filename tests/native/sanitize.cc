@@ -96,7 +96,7 @@ void SameOnAnyThreads(const char* what, const Once& once) {
 
 Shape DrawShape() {
   Shape s{};
-  s.batch = Draw(0, 9) ? Draw(1, 5) : 0;
+  s.batch = Draw(0, 9) ? Draw(1, 6) : 0;
   s.groups = Draw(1, 3);
   s.in_per_group = Draw(1, 70);
   s.features_per_group = Draw(1, 70);
@@ -119,21 +119,35 @@ Shape DrawShape() {
   return s;
 }
 
+// Guide features of random bytes.
+template <typename G>
+class Guide {
+ public:
+  Guide(const Shape& s, XLA_FFI_DataType type)
+      : dims_{s.batch, s.out[0], s.out[1], s.out[2], s.regions},
+        values_(Values<G>::Bytes(s.batch * s.positions * s.regions)),
+        buffer_{XLA_FFI_Buffer_STRUCT_SIZE, nullptr, type, values_.get(), 5, dims_.data()} {}
+  Guide(const Guide&) = delete;
+  ffi::AnyBuffer buffer() const { return ffi::AnyBuffer(&buffer_); }
+
+ private:
+  std::array<int64_t, 5> dims_;
+  Values<G> values_;
+  XLA_FFI_Buffer buffer_;
+};
+
 template <typename S, typename T, typename G>
 void RegionConvolution(XLA_FFI_DataType guide_type) {
   const Shape s = DrawShape();
   const auto x = Values<S>::Numbers(s.batch * s.in_positions * s.in);
   const auto filters = Values<S>::Numbers(s.batch * s.regions * s.filter_size());
   const auto dy = Values<S>::Numbers(s.batch * s.positions * s.features);
-  const auto guide = Values<G>::Bytes(s.batch * s.positions * s.regions);
-  std::array<int64_t, 5> dims = {s.batch, s.out[0], s.out[1], s.out[2], s.regions};
-  XLA_FFI_Buffer buffer{XLA_FFI_Buffer_STRUCT_SIZE, nullptr, guide_type, guide.get(), 5, dims.data()};
-  const ffi::AnyBuffer guide_features(&buffer);
+  const Guide<G> guide(s, guide_type);
   SameOnAnyThreads("region_conv", [&](Workers& workers) {
     Values<S> y(dy.size), dx(x.size), dfilters(filters.size);
-    Values<T> scores(guide.size);
-    Forward<S, T>(s, workers, x.get(), filters.get(), guide_features, y.get());
-    Backward<S, T>(s, workers, x.get(), filters.get(), guide_features, y.get(), dy.get(), dx.get(),
+    Values<T> scores(s.batch * s.positions * s.regions);
+    Forward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get());
+    Backward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get(), dy.get(), dx.get(),
                    dfilters.get(), scores.get());
     return std::make_tuple(std::move(y), std::move(dx), std::move(dfilters), std::move(scores));
   });
@@ -147,14 +161,57 @@ void Mixing() {
   const auto bias = Values<S>::Numbers(s.regions * s.size);
   const auto dfilters = Values<S>::Numbers(s.rows() * s.regions * s.size);
   SameOnAnyThreads("mixing", [&](Workers& workers) {
-    std::vector<char> needed(Draw(0, 1) ? 0 : s.batch * (s.regions > 1 ? s.regions : s.taps), 1);
     Values<S> filters(dfilters.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
-    Mix<S, T>(s, workers, weights.get(), bank.get(), bias.get(), needed, filters.get());
+    Mix<S, T>(s, workers, weights.get(), bank.get(), bias.get(), filters.get());
     MixBackward<S, T>(s, workers, weights.get(), bank.get(), dfilters.get(), dweights.get(),
                       dbank.get(), dbias.get());
     return std::make_tuple(std::move(filters), std::move(dweights), std::move(dbank),
                            std::move(dbias));
   });
+}
+
+// Filters that are mixed on the way, from one bank for all regions or one for each. Where they are not
+// rounded in between, results are those of mixing and convolving in turn.
+template <typename S, typename T, typename G>
+void MixedRegionConvolution(XLA_FFI_DataType guide_type) {
+  const Shape s = DrawShape();
+  const int64_t n = Draw(1, Draw(0, 1) ? 3 : 17), per_tap = s.in_per_group * s.features;
+  const MixShape mixture = Draw(0, 1) ? MixShape{s.batch, s.regions, 1, n, s.filter_size()}
+                                      : MixShape{s.batch, s.taps, s.regions, n, per_tap};
+  const auto x = Values<S>::Numbers(s.batch * s.in_positions * s.in);
+  const auto weights = Values<S>::Numbers(mixture.rows() * mixture.regions * n);
+  const auto bank = Values<S>::Numbers(mixture.regions * n * mixture.size);
+  const auto bias = Values<S>::Numbers(mixture.regions * mixture.size);
+  const auto dy = Values<S>::Numbers(s.batch * s.positions * s.features);
+  const Guide<G> guide(s, guide_type);
+  const auto once = [&](Workers& workers, bool in_turn) {
+    Values<S> y(dy.size), dx(x.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
+    Values<T> scores(s.batch * s.positions * s.regions);
+    if (in_turn) {
+      Values<S> filters(s.batch * s.regions * s.filter_size()), dfilters(filters.size);
+      Mix<S, T>(mixture, workers, weights.get(), bank.get(), bias.get(), filters.get());
+      Forward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get());
+      Backward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get(), dy.get(),
+                     dx.get(), dfilters.get(), scores.get());
+      MixBackward<S, T>(mixture, workers, weights.get(), bank.get(), dfilters.get(),
+                        dweights.get(), dbank.get(), dbias.get());
+    } else {
+      MixedForward<S, T>(s, mixture, workers, x.get(), weights.get(), bank.get(), bias.get(),
+                         guide.buffer(), y.get());
+      const int64_t at_once = std::min(s.batch, 1 + workers.threads());
+      Values<T> scratch(2 * at_once * s.regions * s.filter_size());
+      MixedBackward<S, T>(s, mixture, workers, x.get(), weights.get(), bank.get(), bias.get(),
+                          guide.buffer(), y.get(), dy.get(), dx.get(), dweights.get(), dbank.get(),
+                          dbias.get(), scores.get(), at_once, scratch.data.get());
+    }
+    return std::make_tuple(std::move(y), std::move(dx), std::move(dweights), std::move(dbank),
+                           std::move(dbias), std::move(scores));
+  };
+  SameOnAnyThreads("mixed_region_conv", [&](Workers& workers) { return once(workers, false); });
+  Threads two(2);
+  if (!std::is_same_v<S, T> || once(two.workers, true) == once(two.workers, false)) return;
+  std::printf("mixed_region_conv is not what mixing and convolving in turn are\n");
+  std::exit(1);
 }
 
 }  // namespace
@@ -169,6 +226,9 @@ int main(int count, char**) {
     Mixing<float, float>();
     Mixing<double, double>();
     Mixing<BFloat16, float>();
+    MixedRegionConvolution<float, float, float>(XLA_FFI_DataType_F32);
+    MixedRegionConvolution<double, double, double>(XLA_FFI_DataType_F64);
+    MixedRegionConvolution<BFloat16, float, float>(XLA_FFI_DataType_F32);
   }
   if (!print_digests) std::printf("%d rounds: no fault found\n", kRounds);
 }
