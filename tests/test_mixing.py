@@ -40,7 +40,7 @@ def assert_close(ours, args, cotangent, tolerance):
         assert (np.abs(np.asarray(a, np.float64) - b) <= tolerance * magnitude).all()
 
 
-@few(12)
+@few(8)
 @given(
     batch=st.integers(1, 15),
     taps=st.sampled_from([1, 9]),
