@@ -995,9 +995,11 @@ template <typename T>
 class Scratch {
  public:
   explicit Scratch(int64_t size = 0) {
-    const size_t bytes = (size * sizeof(T) + kLargePage - 1) / kLargePage * kLargePage;
-    if (bytes == 0) return;
-    data_.reset(static_cast<T*>(std::aligned_alloc(kLargePage, bytes)));
+    if (size == 0) return;
+    // What is smaller than a large page shall not take one.
+    const size_t align = size * sizeof(T) < kLargePage ? 64 : kLargePage;
+    const size_t bytes = (size * sizeof(T) + align - 1) / align * align;
+    data_.reset(static_cast<T*>(std::aligned_alloc(align, bytes)));
     if (!data_) throw std::bad_alloc();
     PreferLargePages(data_.get(), bytes);
   }
