@@ -55,7 +55,7 @@ def mixed_region_conv(
     implementation: str | Sequence[str] | None = None,
     **window_arguments: Any,
 ) -> Float[Array, "batch *out_spatial features"]:
-    """`region_conv` with mixed filters.
+    """`region_conv` with the filters that `mix` makes (Section 3.3, Eq. 3-5).
 
     Args:
       x, guide_features: as in `region_conv`.

@@ -1472,7 +1472,9 @@ ffi::ErrorOr<Shape> ReadShape(ffi::AnyBuffer x, ffi::AnyBuffer filters, ffi::Any
                               Numbers strides, Numbers low, Numbers dilation, int64_t groups) {
   const auto ws = filters.dimensions();
   const size_t rank = strides.size();
-  if (ws.size() != rank + 4)
+  const auto xs = x.dimensions(), gs = guide.dimensions();
+  if (ws.size() != rank + 4 || xs.size() != rank + 2 || gs.size() != rank + 2 || groups < 1 ||
+      gs[rank + 1] != ws[1] || xs[rank + 1] != groups * ws[rank + 2])
     return ffi::Unexpected(ffi::Error::InvalidArgument("region_conv: malformed call"));
   return ReadShape(x, guide, Numbers(ws.begin() + 2, rank), ws[rank + 3], strides, low, dilation,
                    groups);
