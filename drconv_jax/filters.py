@@ -38,6 +38,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import adaptive_average_pool
 from drconv_jax.mixing import Factors, mix
+from drconv_jax.region_conv.sharding import along_batch
 
 Params = Mapping[str, Array]
 Initializer = Callable[..., Array]
@@ -70,11 +71,15 @@ class FilterGenerator(NamedTuple):
         precision: jax.lax.PrecisionLike = None,
     ) -> Float[Array, "batch regions *kernel in_per_group features"]:
         """Makes every sample's filters; arguments are those of `pooled_factors`."""
-        filters = mix(
-            self.factors(params, x, kernel_size, precision=precision), precision=precision
-        )
-        regions, filter_shape = len(params["mixing_bias"]), params["bank_kernel"].shape[-2:]
-        return filters.reshape(x.shape[0], regions, *kernel_size, *filter_shape)
+
+        def make(x: Array, params: Params) -> Array:
+            factors = self.factors(params, x, kernel_size, precision=precision)
+            regions, filter_shape = len(params["mixing_bias"]), params["bank_kernel"].shape[-2:]
+            filters = mix(factors, precision=precision)
+            return filters.reshape(x.shape[0], regions, *kernel_size, *filter_shape)
+
+        filters: Array = along_batch(make)(x, params)
+        return filters
 
 
 def init_pooled(

@@ -6,6 +6,7 @@ The Flax layers hold these parameters and call these functions; so can anything 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,7 @@ from drconv_jax.filters import GENERATORS
 from drconv_jax.geometry import Padding, canonical_tuple, resize_nearest, window_of
 from drconv_jax.guide import region_index
 from drconv_jax.mixing import mixed_region_conv
+from drconv_jax.region_conv.sharding import along_batch
 
 ParamInit = Callable[[PRNGKeyArray], Any]
 
@@ -163,7 +165,8 @@ def apply(
         spatial size than the output's, they are resized by nearest neighbour.
 
     Returns:
-      The output (*batch, *out_spatial, features) and the region index (*batch, *out_spatial).
+      The output (*batch, *out_spatial, features) and the region index (*batch, *out_spatial); on a
+      mesh with Explicit axes, sharded along the batch as x is.
 
     Raises:
       TypeError: guide is not floating point.
@@ -187,7 +190,17 @@ def apply(
             f"guide must have shape (*batch, *spatial, regions) with batch {batch} and "
             f"regions={hyper.regions}, got {guide.shape}."
         )
-    leaves, tree = jax.tree.flatten(dict(params))
+    return along_batch(functools.partial(_apply, hyper), batch_dims=len(batch))(
+        x, dict(params), guide
+    )
+
+
+def _apply(
+    hyper: Hyperparameters, x: Array, params: Mapping[str, Any], guide: Array | None
+) -> tuple[Array, Array]:
+    rank = len(hyper.kernel)
+    batch = x.shape[: -rank - 1]
+    leaves, tree = jax.tree.flatten(params)
     x, *leaves = hyper.promote_dtype((x, *leaves), dtype=hyper.dtype)
     params = jax.tree.unflatten(tree, leaves)
     x = _one_batch_axis(x, rank)

@@ -92,7 +92,8 @@ class DRConv(nn.Module):
             resized by nearest neighbour.
 
         Returns:
-          The output, (*batch, *out_spatial, features).
+          The output, (*batch, *out_spatial, features); on a mesh with Explicit axes, sharded along
+          the batch as x is.
 
         Raises:
           ValueError: a field is out of range, or x or guide has a shape that does not fit.

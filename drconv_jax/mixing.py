@@ -24,7 +24,7 @@ from drconv_jax.guide import softmax_vjp
 from drconv_jax.region_conv import automatic, choose, cpu
 from drconv_jax.region_conv.automatic import unless_exported
 from drconv_jax.region_conv.fused import Statics, samplewise
-from drconv_jax.region_conv.sharding import per_shard, varying, varying_like
+from drconv_jax.region_conv.sharding import along_batch, per_shard, varying, varying_like
 
 
 class Factors(NamedTuple):
@@ -75,9 +75,10 @@ def mixed_region_conv(
     filter_shape = (regions, *kernel_size, in_per_group, features)
     call = _Call(window, feature_group_count, filter_shape, precision, implementation)
     args = (x, *factors, guide_features)
-    if not call.is_native or not cpu.does(x.dtype):
-        return call.in_turn(*args)
-    return _at_once(call, *varying_like(args, *args))
+    native = call.is_native and cpu.does(x.dtype)
+    convolve = functools.partial(_at_once, call) if native else call.in_turn
+    y: Array = along_batch(convolve)(*varying_like(args, *args))
+    return y
 
 
 @dataclasses.dataclass(frozen=True)

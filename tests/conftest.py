@@ -2,7 +2,9 @@
 
 import jax
 import jaxtyping
+import numpy as np
 import pytest
+from jax.sharding import AxisType, Mesh
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_platforms", "cpu")
@@ -27,6 +29,18 @@ def compiled_quickly():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(params=[AxisType.Auto, AxisType.Explicit], ids=lambda t: t.name.lower())
+def axis_type(request):
+    """Of a mesh: sharding is left to XLA, or is part of every array's type."""
+    return request.param
+
+
+@pytest.fixture
+def mesh(axis_type):
+    """The eight devices in a row."""
+    return Mesh(np.array(jax.devices()), ("data",), axis_types=(axis_type,))
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 import drconv_jax
 from drconv_jax import DRConv
@@ -197,9 +197,8 @@ def test_export_of_the_layer_for_all_platforms_and_any_batch_size(generator):
 
 
 @GENERATORS
-def test_a_mesh_reduces_the_parameters_gradients_and_nothing_else(generator):
+def test_a_mesh_reduces_the_parameters_gradients_and_nothing_else(generator, mesh):
     _, variables, run = layer_and_gradient(generator)
-    mesh = Mesh(np.array(jax.devices()), ("data",))
     by_batch, everywhere = (NamedSharding(mesh, PartitionSpec(*p)) for p in (("data",), ()))
     x = jnp.tile(X, (8, 1, 1, 1))
     placed = jax.device_put(variables, everywhere), jax.device_put(x, by_batch)
@@ -210,3 +209,30 @@ def test_a_mesh_reduces_the_parameters_gradients_and_nothing_else(generator):
     for collective in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
         assert collective not in text
     chex.assert_trees_all_close(compiled(*placed), run(variables, x), rtol=1e-4, atol=1e-5)
+
+
+def test_an_nnx_layer_of_a_sharded_batch_gives_one(mesh):
+    layer = drconv_jax.nnx.DRConv(4, 6, regions=3, rngs=nnx.Rngs(0))
+    x = jnp.tile(X, (4, 1, 1, 1))
+    by_batch = NamedSharding(mesh, PartitionSpec("data"))
+    y = nnx.jit(lambda layer, x: layer(x))(layer, jax.device_put(x, by_batch))
+    assert y.sharding.is_equivalent_to(by_batch, y.ndim)
+    np.testing.assert_allclose(y, layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_vmap_over_an_axis_that_a_mesh_parts(mesh):
+    layer, variables, _ = layer_and_gradient("mixture")
+    x = jnp.stack([X * i for i in range(8)])
+    parted = NamedSharding(mesh, PartitionSpec("data"))
+    variables, ours = (
+        jax.device_put(tree, NamedSharding(mesh, spec))
+        for tree, spec in ((variables, PartitionSpec()), (x, parted.spec))
+    )
+
+    def gradients(variables, x):
+        return jax.grad(lambda v: jnp.sin(layer.apply(v, x)).sum())(variables)
+
+    mapped = jax.jit(jax.vmap(gradients, (None, 0)))(variables, ours)
+    alone = [gradients(jax.device_get(variables), one) for one in x]
+    expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
+    chex.assert_trees_all_close(mapped, expected, rtol=1e-4, atol=1e-4)

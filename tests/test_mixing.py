@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from jax.sharding import NamedSharding, PartitionSpec
 from test_region_conv import few
 
 from drconv_jax.mixing import Factors, mix, mixed_region_conv
@@ -199,6 +200,23 @@ def test_many_convolutions_with_mixtures_at_once():
         expected = convolve_with_gradients(alone, dy, how, "reference")
         for a, b in zip(together, expected, strict=True):
             np.testing.assert_allclose(a[i], b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [3, 12])  # filters are mixed on the way, and kept
+def test_a_mesh_sums_the_gradients_of_the_bank_alone(size, mesh):
+    (x, weights, bank, bias, guide), dy, how = draw_layer(2, 16, size, 1, 2, 3, True)
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+    x, weights, guide, dy = jax.device_put((x, weights, guide, dy), by_batch)
+    args = x, weights, *jax.device_put((bank, bias), whole), guide
+    run = jax.jit(lambda args, dy: convolve_with_gradients(args, dy, how)).lower(args, dy).compile()
+    for collective in ("all-gather", "all-to-all", "collective-permute", "reduce-scatter"):
+        assert collective not in run.as_text()
+    ours = run(args, dy)
+    args, dy = jax.tree.map(jnp.asarray, jax.device_get((args, dy)))
+    expected = convolve_with_gradients(args, dy, how, "reference")
+    for i, (a, b) in enumerate(zip(ours, expected, strict=True)):
+        assert a.sharding.is_equivalent_to(whole if i in (3, 4) else by_batch, a.ndim)
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from drconv_jax import DRConv
 from drconv_jax.cost import multiply_adds, parameters
@@ -83,51 +83,53 @@ def test_features_do_not_make_a_head():
     assert set(params) == {"stem_conv", "stem_norm"} | {f"stage{i}_block0" for i in (2, 3, 4)}
 
 
-def over_eight_devices(*arrays):
-    mesh = Mesh(np.array(jax.devices()[:8]), ("data",))
-    return jax.device_put(arrays, NamedSharding(mesh, PartitionSpec("data")))
-
-
-@pytest.mark.parametrize("network", TINY)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["plain", "dr"])
-def test_trains_on_eight_devices(network, dynamic, monkeypatch):
+@pytest.mark.parametrize(
+    "network,dynamic,axis_type",
+    [
+        (network, dynamic, axis_type)
+        for network in TINY
+        for dynamic in (False, True)
+        for axis_type in (AxisType.Auto, AxisType.Explicit)[: 1 + dynamic]
+    ],
+)
+def test_trains_on_eight_devices(network, dynamic, mesh, monkeypatch):
     for family, stages in ((mobilenet_v1, 3), (mobilenet_v2, 4)):  # fewer are as good, and faster
         monkeypatch.setattr(family, "STAGES", family.STAGES[:stages])
     model = TINY[network](**({"conv": DR, "guide": BlockGuide(3)} if dynamic else {}))
-    x, labels = over_eight_devices(images(), jnp.arange(8) % 5)
-    variables = jax.jit(model.init)(jax.random.key(1), images(1))
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+    x, labels = jax.device_put((images(), jax.nn.one_hot(jnp.arange(8) % 5, 5)), by_batch)
+    variables = jax.device_put(jax.jit(model.init)(jax.random.key(1), images(1)), whole)
     optimizer = optax.adam(3e-3)
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=whole)
     def step(variables, opt_state):
         def loss_of(params):
             logits, updates = model.apply(
                 {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
             )
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-            return losses.mean(), updates
+            return optax.softmax_cross_entropy(logits, labels).mean(), updates
 
         (loss, updates), gradients = jax.value_and_grad(loss_of, has_aux=True)(variables["params"])
         changes, opt_state = optimizer.update(gradients, opt_state)
         params = optax.apply_updates(variables["params"], changes)
         return {"params": params, **updates}, opt_state, loss
 
-    opt_state, losses = optimizer.init(variables["params"]), []
+    opt_state, losses = jax.device_put(optimizer.init(variables["params"]), whole), []
     with jax.numpy_dtype_promotion("standard"):  # optax's own mix of dtypes
-        for _ in range(20):
+        for _ in range(10):
             variables, opt_state, loss = step(variables, opt_state)
             losses.append(float(loss))
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_batch_norm_sees_the_whole_batch_on_eight_devices():
+def test_batch_norm_sees_the_whole_batch_on_eight_devices(mesh):
     model = TINY["shufflenet_v2"](conv=DR, guide=BlockGuide(3))
     x = images()
     variables = jax.jit(model.init)(jax.random.key(1), x)
     apply = jax.jit(functools.partial(model.apply, train=True, mutable=["batch_stats"]))
     (alone, alone_stats), (split, split_stats) = (
         apply(variables, x),
-        apply(variables, *over_eight_devices(x)),
+        apply(variables, jax.device_put(x, NamedSharding(mesh, PartitionSpec("data")))),
     )
     np.testing.assert_allclose(split, alone, rtol=1e-3, atol=1e-4)
     for a, b in zip(jax.tree.leaves(split_stats), jax.tree.leaves(alone_stats), strict=True):

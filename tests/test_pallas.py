@@ -64,18 +64,20 @@ def test_what_is_not_done_is_passed_on():
         jax.eval_shape(op, *wide, jax.ShapeDtypeStruct((1, 4, 8), jnp.float32))
 
 
-def over_eight_devices(run, devices, check_vma):
+def over_devices(run, devices, axis_type, **options):
     data = PartitionSpec("data")
-    mesh = Mesh(np.array(devices), ("data",))
-    sharded = jax.shard_map(run, mesh=mesh, in_specs=data, out_specs=data, check_vma=check_vma)
+    mesh = Mesh(np.array(devices).reshape(4, 2), ("data", "other"), axis_types=(axis_type,) * 2)
+    sharded = jax.shard_map(run, mesh=mesh, in_specs=data, out_specs=data, **options)
     return jax.jit(sharded), NamedSharding(mesh, data)
 
 
-def test_shard_map():
+def test_shard_map(axis_type):
     arguments, kw, dy = draw(34, batch=8, kernel=1, size=3)
     # Pallas' interpreter cannot check the varying axes of a kernel that loops; compilers can.
-    run, _ = over_eight_devices(functools.partial(with_gradients, **kw), jax.devices(), False)
-    assert_agree(run(*arguments, dy), outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
+    run = functools.partial(with_gradients, **kw)
+    run, sharding = over_devices(run, jax.devices(), axis_type, check_vma=False)
+    ours = run(*jax.device_put((*arguments, dy), sharding))
+    assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
 
 
 @pytest.mark.skipif(not pallas.TRITON, reason="this JAX deprecates Pallas' way to Triton")
@@ -104,12 +106,14 @@ def tpu(tpus):
     return SingleDeviceSharding(tpus[0])
 
 
-def test_shard_map_on_tpu_needs_no_collective(tpus):
+@pytest.mark.parametrize("axes", [{"data", "other"}, {"data"}], ids=["all-axes", "an-axis"])
+def test_shard_map_on_tpu_needs_no_collective(tpus, axis_type, axes):
     arguments, kw, dy = draw(34, batch=8, kernel=1, size=3)
-    run, sharding = over_eight_devices(functools.partial(with_gradients, **kw), tpus, True)
+    run = functools.partial(with_gradients, **kw)
+    run, sharding = over_devices(run, tpus, axis_type, axis_names=axes)
     structs = [jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding) for a in (*arguments, dy)]
     text = run.trace(*structs).lower().compile().as_text()
-    assert text.count('"tpu_custom_call"') == 2
+    assert text.count('"tpu_custom_call"') == (2 if len(axes) == 2 else 0)
     assert not any(word in text for word in ("all-gather", "all-reduce", "all-to-all"))
 
 
@@ -173,13 +177,14 @@ def test_bytes_and_memory_on_tpu(tpu, size, channels):
 
 
 @pytest.mark.parametrize("implementation", ["blocked", "pallas", None])
-def test_a_pod_of_256_needs_no_collective(implementation):
+def test_a_pod_of_256_needs_no_collective(implementation, axis_type):
     pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
     arguments, kw, dy = draw(36, batch=256, size=4, regions=2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         pod = topologies.get_topology_desc(platform="tpu", topology_name="v5e:16x16").devices
-    by_batch = NamedSharding(Mesh(np.array(pod), ("data",)), PartitionSpec("data"))
+    mesh = Mesh(np.array(pod), ("data",), axis_types=(axis_type,))
+    by_batch = NamedSharding(mesh, PartitionSpec("data"))
 
     def run(x, filters, guide, dy):
         conv = functools.partial(region_conv, implementation=implementation, **kw)

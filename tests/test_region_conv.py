@@ -327,10 +327,10 @@ def test_remat_gives_the_same_gradients():
 
 @pytest.mark.parametrize("implementation", [*ALL, None])
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel):
-    assert len(jax.devices()) == 8
+def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel, mesh):
+    assert mesh.size == 8
     arguments, kw, dy = draw(15, batch=16, kernel=kernel)
-    by_batch = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data"))
+    by_batch = NamedSharding(mesh, PartitionSpec("data"))
 
     def run(dy, *arguments):
         y, vjp = jax.vjp(
@@ -347,11 +347,21 @@ def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel):
     assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
 
 
+@pytest.mark.parametrize("implementation", ["reference", None])
+def test_arrays_that_know_nothing_of_the_mesh_around_them(implementation, mesh):
+    arguments, kw, dy = draw(23)
+    with jax.set_mesh(mesh):
+        ours = outputs_and_gradients(implementation, arguments, kw, dy)
+    assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
+
+
 # Pallas' interpreter on a CPU knows no varying types; test_pallas.py compiles that for a TPU.
 @pytest.mark.parametrize("implementation", [*[name for name in ALL if name != "pallas"], None])
-def test_inside_shard_map_with_its_types_checked(implementation):
+@pytest.mark.parametrize("other", [1, 2])
+def test_inside_shard_map_with_its_types_checked(implementation, other, axis_type):
     arguments, kw, dy = draw(22, batch=8)
-    mesh, spec = Mesh(np.array(jax.devices()), ("data",)), PartitionSpec("data")
+    devices, spec = np.array(jax.devices()).reshape(-1, other), PartitionSpec("data")
+    mesh = Mesh(devices, ("data", "other"), axis_types=(axis_type,) * 2)
 
     def run(dy, *arguments):
         y, vjp = jax.vjp(
@@ -359,8 +369,10 @@ def test_inside_shard_map_with_its_types_checked(implementation):
         )
         return y, *vjp(dy)
 
-    mapped = jax.shard_map(run, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=True)
-    ours = jax.jit(mapped)(dy, *arguments)
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=spec, out_specs=spec, axis_names={"data"}, check_vma=True
+    )
+    ours = jax.jit(mapped)(*jax.device_put((dy, *arguments), NamedSharding(mesh, spec)))
     assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
 
 

@@ -6,6 +6,7 @@ the others are held to it, values and every gradient.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from drconv_jax.region_conv import automatic, blocked, cpu, pallas
 from drconv_jax.region_conv.fused import RegionConv, fused
 from drconv_jax.region_conv.reference import reference
 from drconv_jax.region_conv.select import select
+from drconv_jax.region_conv.sharding import along_batch
 
 IMPLEMENTATIONS: Mapping[str, RegionConv] = {
     "reference": reference,
@@ -61,7 +63,7 @@ def region_conv(
         "pallas" is made of fused kernels for TPU and GPU, interpreted (slowly) on a CPU.
 
     Returns:
-      The output in the dtype of x.
+      The output in the dtype of x; on a mesh with Explicit axes, sharded along the batch as x is.
 
     Raises:
       ValueError: the shapes do not fit each other, or an argument has no meaning.
@@ -111,7 +113,11 @@ def region_conv(
             f"guide_features must have shape (batch, *out_spatial, regions) = {expected} with at "
             f"least one region for these x and filters, got {guide_features.shape}."
         )
-    return choose(implementation)(x, filters, guide_features, window, groups, precision)
+    convolve = functools.partial(
+        choose(implementation), window=window, groups=groups, precision=precision
+    )
+    y: Array = along_batch(convolve)(x, filters, guide_features)
+    return y
 
 
 def choose(implementation: str | Sequence[str] | None) -> RegionConv:

@@ -53,7 +53,8 @@ def unless_partitioned(
     """`inside(*args)`, but `partitioned(*args)` in a program that XLA parts among devices.
 
     XLA cannot part a TPU kernel, nor be told how: it would gather the batch on every device. Within
-    `shard_map` a program is parted already. Both functions return the same shapes.
+    `shard_map` over all axes of a mesh a program is parted already. Both functions return the same
+    shapes.
     """
     return _unless("partitioned", inside, partitioned, partitioned, *args)
 
@@ -89,13 +90,19 @@ def _lower_unless(
     module = ctx.module_context
     conditions = {
         "exported": module.lowering_parameters.for_export,
-        # Only the context of a program that XLA parts by itself tells a number of devices.
-        "partitioned": getattr(module.axis_context, "num_devices", None) not in (None, 1),
+        "partitioned": _is_partitioned(module.axis_context),
     }
     function = otherwise if conditions[condition] else inside
     return mlir.lower_fun(lambda *a: jax.tree.leaves(function(*a)), multiple_results=True)(
         ctx, *args
     )
+
+
+def _is_partitioned(context: Any) -> bool:
+    if hasattr(context, "manual_axes"):  # of `shard_map`, which may leave some axes to XLA
+        return set(context.manual_axes) != set(context.mesh.axis_names)
+    # Of the others, only the context of a program that XLA parts tells a number of devices.
+    return getattr(context, "num_devices", None) not in (None, 1)
 
 
 _unless_p = Primitive("unless")

@@ -6,6 +6,7 @@ apart: left alone it gathers the batch on every device (openxla/xla#47945). `per
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -32,6 +33,8 @@ def per_shard(
     """
 
     def call(*args: Array) -> Any:
+        if _is_parted():
+            return varying(function)(*args)
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
         results = jax.tree.leaves(jax.eval_shape(function, *shapes))
         names = [f"a{i}" for i in range(sum(a.ndim for a in (*args, *results)))]
@@ -59,6 +62,32 @@ def per_shard(
     return call
 
 
+def along_batch(function: Callable[..., Any], *, batch_dims: int = 1) -> Callable[..., Any]:
+    """`function`, its results sharded along the batch as its first argument is, and no other way.
+
+    Axes of a mesh that are Explicit, as `jax.make_mesh` makes them, want the sharding of every
+    operation's result known. Within `function` they are Auto: there XLA finds it.
+
+    Args:
+      function: of an array whose first dimensions are the batch, and of anything else; the first
+        dimensions of its results are the same.
+      batch_dims: how many dimensions those are.
+    """
+
+    def call(x: Array, *args: Any) -> Any:
+        meshes = (jax.typeof(a).sharding.mesh for a in jax.tree.leaves((x, args)))
+        mesh = next((mesh for mesh in meshes if mesh.explicit_axes), None)
+        if mesh is None:
+            return function(x, *args)
+        spec = PartitionSpec(*jax.typeof(x).sharding.spec[:batch_dims])
+        run = jax.sharding.auto_axes(
+            function, axes=mesh.explicit_axes, out_sharding=NamedSharding(mesh, spec)
+        )
+        return run(x, *args)
+
+    return call
+
+
 def varying(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, its results typed as varying over the axes that its arguments vary over."""
     return lambda *args: varying_like(function(*args), *args)
@@ -75,16 +104,27 @@ def varying_like(values: Any, *like: Array) -> Any:
     return jax.tree.map(cast, values)
 
 
+def _is_parted() -> bool:
+    """Whether `shard_map` has parted all there is to part already."""
+    mesh = jax.sharding.get_abstract_mesh()
+    manual = math.prod(mesh.shape[axis] for axis in mesh.manual_axes)
+    return bool(mesh.manual_axes) and manual == mesh.size
+
+
 def _partition(
     function: Callable[..., Any], shared: Collection[int], summed: Collection[int]
 ) -> Callable[..., Any]:
     def partition(mesh: Any, args: Any, results: Any) -> Any:
         first = next(a for i, a in enumerate(args) if i not in shared)
-        axis = first.sharding.spec[0] if first.sharding.spec else None
-        by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((axis,), ()))
+        if mesh.empty:  # no array of the program names its mesh: none is parted
+            axis, by_batch, whole = None, first.sharding, first.sharding
+        else:
+            axis = first.sharding.spec[0] if first.sharding.spec else None
+            by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((axis,), ()))
 
         def on_shard(*args: Array) -> Any:
-            leaves, tree = jax.tree.flatten(function(*args))
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # not one that the caller set
+                leaves, tree = jax.tree.flatten(function(*args))
             if axis is not None:
                 leaves = [jax.lax.psum(r, axis) if i in summed else r for i, r in enumerate(leaves)]
             return jax.tree.unflatten(tree, leaves)
