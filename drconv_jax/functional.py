@@ -249,9 +249,12 @@ def _guide_convolution(
     hyper: Hyperparameters, params: Mapping[str, Array], x: Array, window_arguments: Any
 ) -> Float[Array, "batch *out_spatial regions"]:
     x, window = window_of(x, hyper.guide_kernel, centred_on=hyper.kernel, **window_arguments)
-    if window.is_pointwise:  # XLA's CPU backend is several times faster at the product
+    if window.is_pointwise:
+        # XLA's CPU backend is several times faster at the product, and at that for the kernel's
+        # gradient if its result is (m, in), which only a barrier keeps it from transposing.
         kernel = params["kernel"].reshape(params["kernel"].shape[-2:])
-        features = jnp.einsum("...i,im->...m", x, kernel, precision=hyper.precision)
+        kernel = jax.lax.optimization_barrier(kernel.T)
+        features = jnp.einsum("...i,mi->...m", x, kernel, precision=hyper.precision)
     else:
         spatial = "DHW"[-len(window.strides) :]
         features = jax.lax.conv_general_dilated(
