@@ -250,8 +250,9 @@ def _guide_convolution(
 ) -> Float[Array, "batch *out_spatial regions"]:
     x, window = window_of(x, hyper.guide_kernel, centred_on=hyper.kernel, **window_arguments)
     if window.is_pointwise:
-        # XLA's CPU backend is several times faster at the product, and at that for the kernel's
-        # gradient if its result is (m, in), which only a barrier keeps it from transposing.
+        # XLA's CPU backend is several times faster at a product than at the convolution, and at
+        # the one for the kernel's gradient where its result is (m, in). Without the barrier it
+        # would put the transposition back into that product.
         kernel = params["kernel"].reshape(params["kernel"].shape[-2:])
         kernel = jax.lax.optimization_barrier(kernel.T)
         features = jnp.einsum("...i,mi->...m", x, kernel, precision=hyper.precision)

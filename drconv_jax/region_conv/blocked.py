@@ -138,6 +138,7 @@ def _blocks_of(index: Int[Array, positions], regions: int) -> _Blocks:
     slot = (own * (first_slot[None] + seen - 1)).sum(axis=1, dtype=jnp.int32)
     position = jnp.full(blocks * rows, positions, jnp.int32)
     position = position.at[slot].set(jnp.arange(positions, dtype=jnp.int32), unique_indices=True)
+    # jnp.searchsorted fails in `shard_map` over some of a mesh's axes (JAX 0.10).
     past = end[None] <= jnp.arange(blocks, dtype=jnp.int32)[:, None]
     region = past.sum(axis=1, dtype=jnp.int32)
     return _Blocks(slot, position.reshape(blocks, rows), jnp.minimum(region, regions - 1))
