@@ -31,7 +31,7 @@ class Window:
     Attributes:
       kernel_size: taps of the kernel.
       strides: steps between windows, in positions of the input.
-      padding: zeros before and after the input; negative values cut positions off.
+      padding: zeros before and after the input.
       dilation: steps between taps, in positions of the input.
     """
 
@@ -112,7 +112,8 @@ def window_of(
         where that convolution's is ("CAUSAL": ends where it ends). The output shapes are equal.
 
     Returns:
-      The input and the window to use on it.
+      The input and the window to use on it. What negative padding cuts off is cut off here, so
+      that the window's padding never is negative.
 
     Raises:
       TypeError, ValueError: an argument is malformed; the message names it and its value.
@@ -144,10 +145,44 @@ def window_of(
     if isinstance(padding, str) and padding in _WRAPPING_MODES:
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_WRAPPING_MODES[padding])
         pairs = ((0, 0),) * rank
-    if any(d > 1 for d in input_dilation):
-        interior = [(0, 0, 0), *((0, 0, d - 1) for d in input_dilation), (0, 0, 0)]
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), interior)
+    x, pairs = cut(dilate(x, input_dilation), pairs)
     return x, Window(kernel_size, strides, pairs, dilation)
+
+
+def dilate(
+    x: Shaped[Array, "batch *spatial in"], dilation: Sequence[int] | None
+) -> Shaped[Array, "batch *dilated in"]:
+    """Puts d - 1 zeros between the positions of every spatial dimension."""
+    if dilation is None or all(d == 1 for d in dilation):
+        return x
+    interior = [(0, 0, 0), *((0, 0, d - 1) for d in dilation), (0, 0, 0)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), interior)
+
+
+def cut(
+    x: Shaped[Array, "batch *spatial in"], padding: Sequence[tuple[int, int]]
+) -> tuple[Shaped[Array, "batch *rest in"], tuple[tuple[int, int], ...]]:
+    """Cuts off the positions that negative padding takes away.
+
+    XLA's CPU backend reads beyond its input where a convolution has negative low padding
+    (openxla/xla#48713), and where its gradient then has.
+
+    Returns:
+      What is left of the input, and the padding that is left to do, none of it negative.
+    """
+    left = []
+    for axis, (low, high) in enumerate(padding, start=1):
+        if low >= 0 and high >= 0:
+            left.append((low, high))
+            continue
+        size = x.shape[axis]
+        start = min(max(-low, 0), size)
+        stop = max(size + min(high, 0), start)
+        zeros = max(size + low + high, 0) - (stop - start)
+        before = min(max(low, 0), zeros)
+        left.append((before, zeros - before))
+        x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
+    return x, tuple(left)
 
 
 def _padding_pairs(

@@ -22,7 +22,10 @@ from drconv_jax.region_conv.sharding import varying_like
 
 def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
-    patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
+    patches, matrices = (
+        patches_of(x, statics.window, statics.groups),
+        matrices_of(filters, statics.groups),
+    )
     y = multiply(statics.precision, patches, matrices, flat_regions(guide_features))
     return y.reshape(*guide_features.shape[:-1], filters.shape[-1])
 
@@ -31,7 +34,7 @@ def backward(
     statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
-    patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
+    patches, to_input = jax.vjp(lambda x: patches_of(x, statics.window, statics.groups), x)
     matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
     dpatches, dmatrices, scores = multiply_backward(

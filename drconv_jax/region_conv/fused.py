@@ -14,6 +14,8 @@ from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Window
 from drconv_jax.guide import softmax_vjp
+from drconv_jax.region_conv.derivatives import with_gradient
+from drconv_jax.region_conv.select import select
 from drconv_jax.region_conv.sharding import per_shard
 
 
@@ -85,26 +87,6 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
       opaque: whether XLA cannot see that the kernel treats samples apart, and must be told.
     """
 
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def convolve(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
-        return samplewise(kernel.forward, statics, opaque)(x, filters, guide_features)
-
-    def convolve_forward(
-        statics: Statics, x: Array, filters: Array, guide_features: Array
-    ) -> tuple[Array, tuple[Array, ...]]:
-        y = convolve(statics, x, filters, guide_features)
-        return y, (x, filters, guide_features, y)
-
-    def convolve_backward(
-        statics: Statics, residuals: tuple[Array, ...], dy: Array
-    ) -> tuple[Array, Array, Array]:
-        x, filters, guide_features, y = residuals
-        backward = samplewise(kernel.backward, statics, opaque)
-        dx, dfilters, scores = backward(x, filters, guide_features, y, dy)
-        return dx, dfilters, softmax_vjp(guide_features, scores)
-
-    convolve.defvjp(convolve_forward, convolve_backward)
-
     def region_conv(
         x: Array,
         filters: Array,
@@ -114,7 +96,18 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
         precision: jax.lax.PrecisionLike,
     ) -> Array:
         statics = Statics(window, groups, jax.lax.Precision(precision) if precision else None)
-        return convolve(statics, x, filters, guide_features)
+        backward = samplewise(kernel.backward, statics, opaque)
+
+        def gradient(*args: Array) -> tuple[Array, Array, Array]:
+            dx, dfilters, scores = backward(*args)
+            return dx, dfilters, softmax_vjp(args[2], scores)
+
+        convolve = with_gradient(
+            samplewise(kernel.forward, statics, opaque),
+            gradient,
+            functools.partial(select, window=window, groups=groups, precision=precision),
+        )
+        return convolve(x, filters, guide_features)
 
     return region_conv
 

@@ -37,7 +37,10 @@ def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -
     shape = (*guide_features.shape[:-1], filters.shape[-1])
     if math.prod(shape) * x.size == 0:
         return jnp.zeros(shape, x.dtype)
-    patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
+    patches, matrices = (
+        patches_of(x, statics.window, statics.groups),
+        matrices_of(filters, statics.groups),
+    )
     y = _by_platform("forward", statics, patches, matrices, flat_regions(guide_features))
     return y.reshape(shape)
 
@@ -50,7 +53,7 @@ def backward(
     shape = guide_features.shape
     if dy.size * x.size == 0:
         return jnp.zeros_like(x), jnp.zeros_like(filters), jnp.zeros(shape, jnp.float32)
-    patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
+    patches, to_input = jax.vjp(lambda x: patches_of(x, statics.window, statics.groups), x)
     matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
     dpatches, dmatrices, scores = _by_platform(
