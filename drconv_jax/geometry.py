@@ -48,7 +48,7 @@ class Window:
     def output_shape(self, spatial: Sequence[int]) -> tuple[int, ...]:
         """The output's spatial shape for an input's spatial shape."""
         return tuple(
-            max(0, (n + low + high - extent) // stride + 1)
+            jax.core.max_dim((n + low + high - extent) // stride + 1, 0)
             for n, (low, high), extent, stride in zip(
                 spatial, self.padding, self.extent, self.strides, strict=True
             )
@@ -145,7 +145,12 @@ def window_of(
     if isinstance(padding, str) and padding in _WRAPPING_MODES:
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_WRAPPING_MODES[padding])
         pairs = ((0, 0),) * rank
-    x, pairs = cut(dilate(x, input_dilation), pairs)
+    x = dilate(x, input_dilation)
+    if all(isinstance(side, int) for pair in pairs for side in pair):
+        x, pairs = cut(x, pairs)
+    else:
+        reach = [max(m, o) for m, o in zip(main, own, strict=True)]
+        x, pairs = _padded_by_symbols(x, pairs, reach), ((0, 0),) * rank
     return x, Window(kernel_size, strides, pairs, dilation)
 
 
@@ -157,6 +162,18 @@ def dilate(
         return x
     interior = [(0, 0, 0), *((0, 0, d - 1) for d in dilation), (0, 0, 0)]
     return jax.lax.pad(x, jnp.zeros((), x.dtype), interior)
+
+
+def _padded_by_symbols(x: Array, padding: Any, reach: Sequence[int]) -> Array:
+    """Pads by lengths, no larger than `reach`, that an exported program learns from its input.
+
+    Neither their value nor their sign is known, as of "SAME" with strides.
+    """
+    ends = [(0, 0, 0), *((r, r, 0) for r in reach), (0, 0, 0)]
+    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), ends)
+    for axis, ((low, high), r) in enumerate(zip(padding, reach, strict=True), start=1):
+        padded = jax.lax.slice_in_dim(padded, r - low, r + x.shape[axis] + high, axis=axis)
+    return padded
 
 
 def cut(
@@ -236,13 +253,25 @@ def tap_views(
             jnp.zeros((), x.dtype),
             [(0, 0, 0), *((low, high, 0) for low, high in window.padding), (0, 0, 0)],
         )
-    strides = (1, *window.strides, 1)
     views = []
     for tap in np.ndindex(*window.kernel_size):
-        start = [offset * d for offset, d in zip(tap, window.dilation, strict=True)]
-        stop = [s + (n - 1) * t + 1 for s, n, t in zip(start, out, window.strides, strict=True)]
-        views.append(jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), strides))
+        view = x
+        for axis, count in enumerate(out, start=1):
+            start = tap[axis - 1] * window.dilation[axis - 1]
+            view = _every(view, start, window.strides[axis - 1], count, axis)
+        views.append(view)
     return views
+
+
+def _every(x: Array, start: int, stride: int, count: Any, axis: int) -> Array:
+    """Of an axis, `count` positions from `start` on, a stride apart."""
+    if isinstance(count, int) and count == 0:  # the window is larger than the input
+        return jax.lax.slice_in_dim(x, 0, 0, axis=axis)
+    try:
+        stop = start + (count - 1) * stride + 1
+        return jax.lax.slice_in_dim(x, start, stop, stride, axis)
+    except jax.errors.InconclusiveDimensionOperation:  # the length of the axis is a symbol
+        return jnp.take(x, start + stride * jnp.arange(count), axis=axis)
 
 
 def resize_nearest(
@@ -256,7 +285,8 @@ def resize_nearest(
     for axis, new in enumerate(spatial, start=1):
         old = values.shape[axis]
         if new != old:
-            values = jnp.take(values, np.arange(new) * old // new, axis=axis)
+            source = _arange(new) * _number(old) // _number(new)
+            values = jnp.take(values, source, axis=axis)
     return values
 
 
@@ -273,10 +303,21 @@ def adaptive_average_pool(
     pooled = x
     for axis, count in enumerate(bins, start=1):
         size = x.shape[axis]
-        first = np.arange(count) * size // count
-        last = -(-(np.arange(count) + 1) * size // count)
-        positions = np.arange(size)
+        first = np.arange(count) * _number(size) // count
+        last = -(-(np.arange(count) + 1) * _number(size) // count)
+        positions = _arange(size)[None]
         inside = (first[:, None] <= positions) & (positions < last[:, None])
-        weights = jnp.asarray(inside / inside.sum(axis=1, keepdims=True), wide)
+        shares = inside.astype(wide) / inside.sum(axis=1, keepdims=True, dtype=wide)
+        weights = jnp.asarray(shares, wide)
         pooled = jnp.moveaxis(jnp.tensordot(pooled.astype(wide), weights, axes=(axis, 1)), -1, axis)
     return pooled.astype(x.dtype)
+
+
+def _number(length: Any) -> Any:
+    """A length to compute with, which in an exported program may be a symbol."""
+    return length if isinstance(length, int) else jnp.asarray(length)
+
+
+def _arange(length: Any) -> Any:
+    """The numbers below a length: constants, unless it is a symbol."""
+    return np.arange(length) if isinstance(length, int) else jnp.arange(length)

@@ -22,11 +22,11 @@ from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Window, window_of
 from drconv_jax.guide import softmax_vjp
 from drconv_jax.region_conv import automatic, choose, cpu
-from drconv_jax.region_conv.automatic import unless_exported
+from drconv_jax.region_conv.automatic import unless_exported_or_partitioned
 from drconv_jax.region_conv.derivatives import with_gradient
 from drconv_jax.region_conv.fused import Statics, samplewise
 from drconv_jax.region_conv.select import select
-from drconv_jax.region_conv.sharding import along_batch, per_shard, varying, varying_like
+from drconv_jax.region_conv.sharding import along_batch, varying, varying_like
 
 
 class Factors(NamedTuple):
@@ -76,6 +76,8 @@ def mixed_region_conv(
     regions, in_per_group = guide_features.shape[-1], x.shape[-1] // feature_group_count
     filter_shape = (regions, *kernel_size, in_per_group, features)
     call = _Call(window, feature_group_count, filter_shape, precision, implementation)
+    if 0 in guide_features.shape:
+        return jnp.zeros((*guide_features.shape[:-1], features), x.dtype)
     native = call.is_native and cpu.does(x.dtype)
     y: Array = along_batch(call.at_once if native else call.in_turn)(x, *factors, guide_features)
     return y
@@ -107,8 +109,9 @@ class _Call:
 
         Where each serves many positions, they are small, and mixing them twice is not worth it.
         """
-        *positions, regions = guide_features.shape[1:]
-        return math.prod(positions) > 64 * regions
+        *spatial, regions = guide_features.shape[1:]
+        positions = math.prod(spatial)  # of an exported program, it may be a symbol
+        return not isinstance(positions, int) or positions > 64 * regions
 
     def in_turn(self, *args: Array) -> Array:
         """Mixes filters, then convolves; can be differentiated."""
@@ -125,17 +128,13 @@ class _Call:
 
     def _forward(self, *args: Array) -> Array:
         native = functools.partial(cpu.mixed_forward, self.statics, self.filter_shape[-1])
-        here = functools.partial(unless_exported, per_shard(native, shared=(2, 3)), self.in_turn)
+        here = functools.partial(unless_exported_or_partitioned, native, self.in_turn)
         y: Array = _by_platform(varying(here), self.in_turn, *args)
         return y
 
     def _gradient(self, *args: Array) -> tuple[Array, ...]:
         native = functools.partial(cpu.mixed_backward, self.statics)
-        here = functools.partial(
-            unless_exported,
-            per_shard(native, shared=(2, 3), summed=(2, 3)),
-            self._backward_in_turn,
-        )
+        here = functools.partial(unless_exported_or_partitioned, native, self._backward_in_turn)
         *gradients, scores = _by_platform(varying(here), self._backward_in_turn, *args)
         *_, guide_features, _, _ = args
         return *gradients, softmax_vjp(guide_features, scores)
@@ -151,7 +150,7 @@ class _Call:
         x, weights, bank, bias, guide, y, dy = args
         filters, pull = jax.vjp(self._filters, weights, bank, bias)
         kernel = automatic if self.implementation is None else cpu
-        backward = samplewise(kernel.backward, self.statics, opaque=kernel is cpu)
+        backward = samplewise(kernel.backward, self.statics)
         dx, dfilters, scores = backward(x, filters, guide, y, dy)
         return dx, *pull(dfilters), scores
 
@@ -185,8 +184,8 @@ def mix(
         return by_xla(*factors)
 
     def forward(*factors: Array) -> Array:
-        here = per_shard(functools.partial(unless_exported, cpu.mix, by_xla), shared=(1, 2))
-        filters: Array = _by_platform(here, by_xla, *factors)
+        here = functools.partial(unless_exported_or_partitioned, cpu.mix, by_xla)
+        filters: Array = _by_platform(varying(here), by_xla, *factors)
         return filters
 
     def gradient(
@@ -197,12 +196,12 @@ def mix(
             dweights, dbank, dbias = jax.vjp(by_xla, weights, bank, bias)[1](dfilters)
             return dweights, dbank, dbias
 
-        here = per_shard(
-            functools.partial(unless_exported, cpu.mix_backward, gradient_by_xla),
-            shared=(1,),
-            summed=(1, 2),
+        native = functools.partial(
+            unless_exported_or_partitioned, cpu.mix_backward, gradient_by_xla
         )
-        gradients: tuple[Array, ...] = _by_platform(here, gradient_by_xla, weights, bank, dfilters)
+        gradients: tuple[Array, ...] = _by_platform(
+            varying(native), gradient_by_xla, weights, bank, dfilters
+        )
         return gradients
 
     return with_gradient(forward, gradient, by_xla)(*factors)

@@ -131,7 +131,7 @@ class _Blocks(NamedTuple):
 
 @functools.partial(jax.vmap, in_axes=(0, None))
 def _blocks_of(index: Int[Array, positions], regions: int) -> _Blocks:
-    positions = len(index)
+    positions = index.shape[0]  # of an exported program, it may be a symbol
     rows = _rows_of_a_block(positions, regions)
     blocks = (positions + regions * (rows - 1)) // rows  # no guide needs more
     own = jax.nn.one_hot(index, regions, dtype=jnp.int32)
@@ -149,6 +149,8 @@ def _blocks_of(index: Int[Array, positions], regions: int) -> _Blocks:
 
 def _rows_of_a_block(positions: int, regions: int) -> int:
     """A power of two for about four blocks a region, between 8 and 64 rows."""
+    if not isinstance(positions, int):
+        return 32
     for rows in (64, 32, 16):
         if positions >= 4 * rows * regions:
             return rows
@@ -159,6 +161,8 @@ def _rows(
     values: Float[Array, "batch positions *rest"], index: Int[Array, batch * where]
 ) -> Float[Array, batch * where * rest]:
     """The rows of every sample that the index names, zeros where it names none."""
+    if not isinstance(values.shape[1], int):  # a symbol, which might be 0: nothing to gather from
+        values = jnp.pad(values, ((0, 0), (0, 1), *((0, 0) for _ in values.shape[2:])))
     return jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=0))(values, index)
 
 

@@ -16,7 +16,6 @@ from drconv_jax.geometry import Window
 from drconv_jax.guide import softmax_vjp
 from drconv_jax.region_conv.derivatives import with_gradient
 from drconv_jax.region_conv.select import select
-from drconv_jax.region_conv.sharding import per_shard
 
 
 @runtime_checkable
@@ -77,14 +76,10 @@ class Kernel(Protocol):
         """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
 
 
-def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
+def fused(kernel: Kernel) -> RegionConv:
     """The differentiable region convolution of a kernel (Eq. 3-8).
 
     The kernel gives every region's score; the guide's softmax gradient is made of them here.
-
-    Args:
-      kernel: forward and backward.
-      opaque: whether XLA cannot see that the kernel treats samples apart, and must be told.
     """
 
     def region_conv(
@@ -96,14 +91,14 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
         precision: jax.lax.PrecisionLike,
     ) -> Array:
         statics = Statics(window, groups, jax.lax.Precision(precision) if precision else None)
-        backward = samplewise(kernel.backward, statics, opaque)
+        backward = samplewise(kernel.backward, statics)
 
         def gradient(*args: Array) -> tuple[Array, Array, Array]:
             dx, dfilters, scores = backward(*args)
             return dx, dfilters, softmax_vjp(args[2], scores)
 
         convolve = with_gradient(
-            samplewise(kernel.forward, statics, opaque),
+            samplewise(kernel.forward, statics),
             gradient,
             functools.partial(select, window=window, groups=groups, precision=precision),
         )
@@ -112,10 +107,9 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
     return region_conv
 
 
-def samplewise(function: Callable[..., Any], statics: Statics, opaque: bool) -> Callable[..., Any]:
-    """A kernel's `function` over arrays with a batch axis, fit for `vmap` and for a mesh."""
-    function = functools.partial(function, statics)
-    return foldable(per_shard(function) if opaque else function)
+def samplewise(function: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
+    """A kernel's `function` over arrays with a batch axis, into which `vmap` folds its own."""
+    return foldable(functools.partial(function, statics))
 
 
 def foldable(function: Callable[..., Any]) -> Callable[..., Any]:
