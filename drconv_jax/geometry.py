@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Shaped
 from drconv_jax.dtypes import accumulator
 
 Padding = str | int | Sequence[int | tuple[int, int]]
+Length = Any
+"""An integer or, in a program that is exported for inputs of any size, a symbol."""
 
 _WRAPPING_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 _PADDING_NAMES = ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
@@ -45,7 +47,7 @@ class Window:
         """Positions of the input that a window spans, gaps included."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
 
-    def output_shape(self, spatial: Sequence[int]) -> tuple[int, ...]:
+    def output_shape(self, spatial: Sequence[Length]) -> tuple[Length, ...]:
         """The output's spatial shape for an input's spatial shape."""
         return tuple(
             jax.core.max_dim((n + low + high - extent) // stride + 1, 0)
@@ -203,8 +205,8 @@ def cut(
 
 
 def _padding_pairs(
-    padding: Padding, spatial: Sequence[int], extent: Sequence[int], strides: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
+    padding: Padding, spatial: Sequence[Length], extent: Sequence[int], strides: Sequence[int]
+) -> tuple[tuple[Length, Length], ...]:
     rank = len(extent)
     if isinstance(padding, str):
         if padding == "SAME" or padding == "VALID":
@@ -263,7 +265,7 @@ def tap_views(
     return views
 
 
-def _every(x: Array, start: int, stride: int, count: Any, axis: int) -> Array:
+def _every(x: Array, start: int, stride: int, count: Length, axis: int) -> Array:
     """Of an axis, `count` positions from `start` on, a stride apart."""
     if isinstance(count, int) and count == 0:  # the window is larger than the input
         return jax.lax.slice_in_dim(x, 0, 0, axis=axis)
@@ -275,7 +277,7 @@ def _every(x: Array, start: int, stride: int, count: Any, axis: int) -> Array:
 
 
 def resize_nearest(
-    values: Shaped[Array, "batch *spatial channels"], spatial: Sequence[int]
+    values: Shaped[Array, "batch *spatial channels"], spatial: Sequence[Length]
 ) -> Shaped[Array, "batch *resized channels"]:
     """Nearest-neighbour resize with PyTorch's rule: position p reads floor(p * old / new).
 
@@ -313,11 +315,11 @@ def adaptive_average_pool(
     return pooled.astype(x.dtype)
 
 
-def _number(length: Any) -> Any:
+def _number(length: Length) -> Any:
     """A length to compute with, which in an exported program may be a symbol."""
     return length if isinstance(length, int) else jnp.asarray(length)
 
 
-def _arange(length: Any) -> Any:
+def _arange(length: Length) -> Any:
     """The numbers below a length: constants, unless it is a symbol."""
     return np.arange(length) if isinstance(length, int) else jnp.arange(length)
