@@ -15,7 +15,7 @@ from runs import SMALL, finish, start
 from experiments.runtime import data, images
 from experiments.runtime.errors import UserError
 from experiments.runtime.images import BrokenImageError
-from experiments.runtime.pipeline import Loading, Pipeline, broken
+from experiments.runtime.pipeline import Loading, Pipeline
 from experiments.runtime.sources import ArraySplit
 
 SIZE, COUNT = 12, 7  # of images in a class of the training split

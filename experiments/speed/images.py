@@ -23,6 +23,7 @@ from experiments.runtime import data, images
 from experiments.runtime.errors import UserError, exit_on_user_error
 from experiments.runtime.pipeline import Loading, Pipeline
 from experiments.runtime.sources import ArraySplit, EncodedSplit, Sample
+from experiments.runtime.sources.splits import digest_of
 
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 
@@ -73,6 +74,9 @@ class _Photographs:
 
     def name_of(self, index: int) -> str:
         return f"photograph {index}"
+
+    def digest(self) -> str:
+        return digest_of(self._encoded)
 
 
 def main() -> None:
