@@ -1,9 +1,13 @@
 """Images from a disk, and batches of them."""
 
+import errno
 import gzip
 import io
 import itertools
 import json
+import multiprocessing
+import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -12,8 +16,8 @@ import pytest
 from PIL import Image
 from runs import SMALL, finish, start
 
-from experiments.runtime import data, images
-from experiments.runtime.errors import UserError
+from experiments.runtime import data, images, sources
+from experiments.runtime.errors import DataLost, UserError
 from experiments.runtime.images import BrokenImageError
 from experiments.runtime.pipeline import Loading, Pipeline
 from experiments.runtime.sources import ArraySplit
@@ -114,25 +118,124 @@ def test_worker_processes_change_nothing(tree):
     assert_same(take(pipeline(augment="resized-crop", workers=2).training(split, 0), 5), alone)
 
 
-def test_a_broken_image_on_disk_is_marked(tree, tmp_path):
-    for name in ("train", "test"):
-        for path in (tree / name).rglob("*.png"):
-            copy = tmp_path / path.relative_to(tree)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.write_bytes(path.read_bytes())
-    (tmp_path / "train" / "dog" / "2.png").write_bytes(b"no image")
-    split = data.load(f"folder:{tmp_path}", SIZE, hold="disk").train
-    batches = take(pipeline(batch=14).training(split, 0), 2)
+@pytest.fixture
+def broken_tree(tree, tmp_path):
+    """The tree, with an image in each split that is none."""
+    shutil.copytree(tree, tmp_path / "images")
+    for path in ("train/dog/2.png", "test/cat/1.png"):
+        (tmp_path / "images" / path).write_bytes(b"no image")
+    return tmp_path / "images"
+
+
+@pytest.mark.parametrize("augment", ["none", "resized-crop"])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_another_image_takes_the_place_of_a_broken_one(broken_tree, augment, workers):
+    split = data.load(f"folder:{broken_tree}", SIZE, hold="disk").train
+    (broken,) = (i for i in range(2 * COUNT) if split.name_of(i) == "train/dog/2.png")
+    batches = take(pipeline(augment=augment, batch=14, workers=workers).training(split, 0), 2)
+    stand_ins = set()
     for batch in batches:
-        (found,) = broken(batch)
-        assert split.name_of(found) == "train/dog/2.png"
-        assert sorted(batch["label"]) == [-1] + [0] * 7 + [1] * 6
-        np.testing.assert_array_equal(batch["image"][batch["label"] < 0], 0)
+        assert batch["broken"] == {broken: "it is not an image of a format that Pillow reads"}
+        assert batch["label"].tolist() == [int(i >= COUNT) for i in batch["index"]]
+        colours = [10 + 7 * int(i) for i in batch["index"]]
+        np.testing.assert_array_equal(batch["image"][:, 5, 5, 0], colours)
+        whole = [i for i in range(2 * COUNT) if i != broken]
+        (twice,) = (np.bincount(batch["index"], minlength=14) - np.isin(range(14), whole)).nonzero()
+        stand_ins |= set(twice.tolist())
+    assert len(stand_ins) == 1  # the same in every epoch
+    for processes in (1, 2):
+        parts = [pipeline(processes, i, augment, batch=14) for i in range(processes)]
+        shares = [next(part.training(split, 1)) for part in parts]  # going on with the second
+        found = np.concatenate([share["index"] for share in shares])
+        assert sorted(found) == sorted(batches[1]["index"])
+        assert {k for share in shares for k in share["broken"]} == {broken}
+
+
+def test_a_broken_image_does_not_count_in_evaluation(broken_tree):
+    split = data.load(f"folder:{broken_tree}", SIZE, hold="disk").test
+    (batch,) = pipeline(batch=8).evaluation(split)
+    assert batch["label"].tolist() == [0, -1, 0, 1, 1, 1, -1, -1]
+    assert batch["index"].tolist() == [0, 1, 2, 3, 4, 5, -1, -1] and set(batch["broken"]) == {1}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("kind", ["folder", "zip", "records"])
+def test_data_that_goes_away(kind, workers, tree, tmp_path):
+    where = tmp_path / "data"
+    if kind == "folder":
+        shutil.copytree(tree, where)
+    elif kind == "zip":
+        where = pathlib.Path(shutil.make_archive(where, "zip", tree))
+    else:
+        converted(tree, where)
+    source = f"arrayrecord:{where}" if kind == "records" else f"folder:{where}"
+    dataset = data.load(source, SIZE, hold="disk")
+    lost = r"cannot be read any more: No such|is not the file any more"
+    if kind == "records":  # a file that is open can be read though it has no name any more
+        for file in where.glob("*.arrayrecord"):
+            file.write_bytes(b"")
+    else:
+        shutil.rmtree(where) if where.is_dir() else where.unlink()
+    for batches in (
+        pipeline(workers=workers).training(dataset.train, 0),
+        pipeline(workers=workers).evaluation(dataset.test),
+    ):
+        with pytest.raises(DataLost, match=f'^"{where}.*" ({lost})'):
+            take(batches, 3)
+
+
+def test_half_of_the_images_may_go_away_but_not_more(tree, tmp_path):
+    shutil.copytree(tree, tmp_path / "images")
+    split = data.load(f"folder:{tmp_path / 'images'}", SIZE, hold="disk").train
+    for i in range(COUNT):
+        (tmp_path / "images" / "train" / "cat" / f"{i}.png").unlink()
+    for batch in take(pipeline(batch=2).evaluation(split), 7):
+        assert all((batch["label"] < 0) == (batch["index"] < COUNT))
+    for i in range(3):
+        (tmp_path / "images" / "train" / "dog" / f"{i}.png").unlink()
+    for batches in (pipeline(batch=2).training(split, 0), pipeline(batch=2).evaluation(split)):
+        with pytest.raises(DataLost, match="images in a row cannot be read, as train/.*: No such"):
+            take(batches, 50)
+    shutil.rmtree(tmp_path / "images" / "train")  # the root is there still
+    with pytest.raises(DataLost, match="none of 32 images drawn can be read"):
+        next(pipeline(batch=2).training(split, 0))
+
+
+def test_a_disk_that_fails_is_no_broken_image(tree, monkeypatch):
+    dataset = data.load(f"folder:{tree}", SIZE, hold="disk")
+
+    def read_bytes(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
+    for batches in (pipeline().training(dataset.train, 0), pipeline().evaluation(dataset.test)):
+        with pytest.raises(DataLost, match="cannot be read any more: Input/output error"):
+            next(batches)
+    with pytest.raises(UserError, match=r"--data: .* any more: Input/output error"):
+        data.load(f"folder:{tree}", SIZE)
+
+
+def test_workers_leave_nothing_in_shared_memory(tree):
+    split = data.load(f"folder:{tree}", SIZE, hold="disk").train
+    batches = pipeline(workers=2).training(split, 0)
+    batch = next(batches)
+    assert not list(pathlib.Path("/dev/shm").glob("psm_*")) and type(batch["image"]) is np.ndarray
+    batches.close()
+    assert not multiprocessing.active_children()
 
 
 def convert(*arguments):
     command = [sys.executable, "-m", "experiments.convert", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+
+
+def converted(tree, out, per_file=5):
+    """A folder of ArrayRecord files."""
+    dataset = data.on_disk(f"folder:{tree}")
+    out.mkdir(exist_ok=True)
+    splits = {"train": dataset.train, "test": dataset.test}
+    list(sources.replace_records(splits, dataset.classes, out, per_file, seed=0))
+    return out
 
 
 def samples_of(split):

@@ -122,13 +122,14 @@ def train(
             f"global batch {recipe.batch_size:,} on {mesh.size:,} devices of {jax.process_count()} "
             f"processes, {recipe.batch_size // mesh.size:,} on each"
         )
+    flips = dataset.flips if recipe.mirror == "auto" else recipe.mirror == "yes"
     compiled = program(
         model,
         recipe,
         mesh,
         image_size=image_size,
         steps_per_epoch=steps,
-        flips=dataset.flips,
+        flips=flips,
     )
     with preemption.noticed() as preempted:
         data = Pipeline(
@@ -137,7 +138,7 @@ def train(
             jax.process_count(),
             image_size,
             recipe.augment,
-            dataset.flips,
+            flips,
             recipe.seed,
             loading,
         )

@@ -21,7 +21,7 @@ from experiments.runtime.sources import ArraySplit, EncodedSplit, Split
 
 # Samples of a split that are tried in the place of one that cannot be read.
 _TRIED = 32
-# Images, of one batch or several, of which half must be readable.
+# Images, of one batch or of several, of which half must be readable.
 _WATCHED = 16
 
 
@@ -153,24 +153,46 @@ class Pipeline:
             batches = grain.experimental.WithOptionsIterDataset(batches, options)
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(loading.workers))
         iterator = iter(batches)
-        good = bad = 0
         try:
-            for batch in iterator:
-                if lost := batch.pop("lost"):
-                    raise DataLost(lost)
-                good += int((batch["label"] >= 0).sum())
-                bad += len(batch["broken"])
-                if good + bad >= _WATCHED:
-                    if bad > good:
-                        index, why = next(iter(batch["broken"].items()))
-                        raise DataLost(
-                            f"{bad} of {good + bad} images in a row cannot be read, as "
-                            f"{split.name_of(index)}: {why}"
-                        )
-                    good = bad = 0
-                yield batch
+            yield from _while_readable(split, iterator)
         finally:
             iterator.close()
+
+
+def _while_readable(split: EncodedSplit, batches: Iterable[dict[str, Any]]) -> Iterator[Batch]:
+    """Batches of `_stacked`, without what they tell for this function.
+
+    Raises:
+      DataLost: the data is lost, or of `_WATCHED` images or more in a row, more than half cannot be
+        read; so too of fewer, if four or more are the last ones.
+    """
+    good = 0
+    bad: dict[int, str] = {}
+
+    def check() -> None:
+        if len(bad) > good:
+            index, why = next(iter(bad.items()))
+            raise DataLost(
+                f"{len(bad)} of {len(bad) + good} images in a row cannot be read, as "
+                f"{split.name_of(index)}: {why}"
+            )
+
+    for batch in batches:
+        if batch["lost"]:
+            raise DataLost(batch["lost"])
+        good += int((batch["label"] >= 0).sum())
+        bad |= batch["broken"]
+        if good + len(bad) >= _WATCHED:
+            check()
+            good, bad = 0, {}
+        yield Batch(
+            image=batch["image"],
+            label=batch["label"],
+            index=batch["index"],
+            broken=batch["broken"],
+        )
+    if len(bad) >= 4:
+        check()
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,15 +45,16 @@ def check_classes(
       UserError: a class is missing from one of them, or there is only one.
     """
     present = {split: set(np.unique(values).tolist()) for split, values in labels.items()}
-    for split, other in (("train", "test"), ("test", "train")):
-        if not present[split]:
+    for split, classes in present.items():
+        if not classes:
             raise UserError(f'the {split} split of "{where}" has no images.')
-        if missing := present[other] - present[split]:
-            raise UserError(
-                f'class "{names[min(missing)]}" has no image in the {split} split of "{where}", '
-                f"only in the {other} split; put images of it into the {split} split or take it "
-                "out of the other."
-            )
+    if alone := present["train"] ^ present["test"]:
+        label = min(alone)
+        split, other = ("train", "test") if label in present["train"] else ("test", "train")
+        raise UserError(
+            f'class "{names[label]}" has no image in the {other} split of "{where}", it is only in '
+            f"the {split} split; put images of it into the {other} split or take it out."
+        )
     if len(present["train"]) < 2:
         raise UserError(f'"{where}" has one class only; a classifier needs two or more.')
 

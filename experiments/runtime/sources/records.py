@@ -203,6 +203,7 @@ class _RecordSplit:
         except ValueError:
             values = None
         if not isinstance(values, dict):
+            self._check_files()
             raise BrokenImageError("its record does not begin with a line of JSON")
         return values, content
 

@@ -92,7 +92,7 @@ class Dataset:
       classes: names, in the order of the labels.
       skipped: images that could not be read, as "path: reason".
       left_out: what of the source is not used and why, a line for each kind.
-      flips: whether an image's mirror image is as good as the image.
+      flips: whether an image's mirror image is as good as the image, as far as can be told.
     """
 
     train: Split
