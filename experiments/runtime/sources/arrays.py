@@ -90,6 +90,7 @@ def _idx_array(folder: pathlib.Path, name: str, rank: int) -> np.ndarray:
     begin = 4 + 4 * rank
     shape = [int.from_bytes(content[at : at + 4], "big") for at in range(4, begin, 4)]
     values = np.frombuffer(content[begin:], np.uint8)
-    if content[:4] != bytes([0, 0, 8, rank]) or len(values) != np.prod(shape):
+    whole = len(content) >= begin and len(values) == np.prod(shape)
+    if content[:4] != bytes([0, 0, 8, rank]) or not whole:
         raise UserError(f'"{path}" is no idx file of bytes in {rank} dimensions.')
     return values.reshape(shape)

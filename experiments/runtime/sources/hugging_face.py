@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import os
 import pathlib
 from collections.abc import Iterator, Sequence
@@ -21,6 +22,7 @@ from experiments.runtime.sources.splits import (
     can_be_mirrored,
     digest_of,
     read_file,
+    some_contents,
 )
 
 _HELD_OUT = ("test", "val", "validation")
@@ -125,7 +127,8 @@ class _ColumnSplit:
 
     def digest(self) -> str:
         sizes = (size.encode() for size in _sizes(self.rows, self.image))
-        return digest_of([self.places.tobytes(), self.labels.tobytes(), *sizes])
+        known = [self.places.tobytes(), self.labels.tobytes()]
+        return digest_of(itertools.chain(known, sizes, some_contents(self)))
 
     def _image(self, index: int) -> dict[str, Any]:
         return self.rows[int(self.places[index])][self.image] or {}

@@ -21,10 +21,9 @@ from experiments.runtime.sources.splits import (
     Sample,
     can_be_mirrored,
     digest_of,
+    evenly_spread,
+    some_contents,
 )
-
-# Records, evenly spread, whose labels are looked at before anything else.
-_LOOKED_AT = 500
 
 
 def array_record(path: pathlib.Path) -> Dataset:
@@ -167,7 +166,7 @@ class _RecordSplit:
 
     def digest(self) -> str:
         files = [f"{file.name} {size}".encode() for file, size in self._sizes.items()]
-        return digest_of([*files, str(len(self)).encode()])
+        return digest_of([*files, str(len(self)).encode(), *some_contents(self)])
 
     def some_labels(self) -> np.ndarray:
         """The labels of some records, evenly spread, or of all if they are few.
@@ -175,9 +174,8 @@ class _RecordSplit:
         Raises:
           UserError: one of them is no number.
         """
-        count = min(len(self), _LOOKED_AT)
         labels = []
-        for index in np.linspace(0, len(self) - 1, count).astype(int).tolist():
+        for index in evenly_spread(len(self)):
             try:
                 header, _ = self._parted(index)
             except (DataLost, BrokenImageError):  # a matter for the run, which may skip it

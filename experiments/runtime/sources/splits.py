@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -105,9 +105,9 @@ class Dataset:
     def identity(self) -> dict[str, str | int]:
         """What tells this data from other data, by short names.
 
-        Where the data lies is no part of it; what images, labels and classes there are is. Of trees
-        on a disk, names and sizes of the files stand for their content (in a zip, also checksums);
-        of ArrayRecord files, their names and sizes; of Hugging Face's, the images' sizes.
+        Where the data lies is no part of it; what images, labels and classes there are is. Of what
+        is held on a disk, only some images are read for it: names and sizes (in ArrayRecord, of
+        whole files) stand for the others.
         """
         return {
             "classes": len(self.classes),
@@ -125,6 +125,26 @@ def digest_of(parts: Iterable[bytes]) -> str:
     for part in parts:
         whole.update(len(part).to_bytes(8, "little") + part)
     return whole.hexdigest()
+
+
+def evenly_spread(count: int, most: int = 500) -> list[int]:
+    """Places from 0 to count - 1: all of them, or `most` at even distances."""
+    return np.linspace(0, count - 1, min(count, most)).astype(int).tolist()
+
+
+def some_contents(split: EncodedSplit) -> Iterator[bytes]:
+    """Some encoded images, evenly spread, or all if they are few, for a digest.
+
+    Raises:
+      DataLost: the data cannot be read.
+    """
+    for index in evenly_spread(len(split)):
+        try:
+            yield split[index].content
+        except DataLost:
+            raise
+        except Exception:  # of any kind: a broken image is the same each time
+            yield b""
 
 
 def read_file(path: pathlib.Path, root: pathlib.Path | None) -> bytes:

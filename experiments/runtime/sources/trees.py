@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import threading
@@ -24,6 +25,7 @@ from experiments.runtime.sources.splits import (
     can_be_mirrored,
     digest_of,
     read_file,
+    some_contents,
 )
 
 # Names of the splits' folders, in any case; of several held-out ones, the first is used.
@@ -64,8 +66,8 @@ class _Reader(Protocol):
     def read(self, name: str) -> bytes:
         """The content of a file."""
 
-    def facts(self, name: str) -> str:
-        """What tells its content from other content, without reading it."""
+    def size(self, name: str) -> int | None:
+        """Its bytes, or None where that cannot be told."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,11 +77,11 @@ class _FolderReader:
     def read(self, name: str) -> bytes:
         return read_file(self.root / name, self.root)
 
-    def facts(self, name: str) -> str:
+    def size(self, name: str) -> int | None:
         try:
-            return str((self.root / name).stat().st_size)
-        except OSError as error:
-            return reason(error)
+            return (self.root / name).stat().st_size
+        except OSError:
+            return None
 
 
 class _ZipReader:
@@ -104,10 +106,9 @@ class _ZipReader:
                 raise DataLost(f'"{self._path}" is not the file any more that it was') from None
             raise
 
-    def facts(self, name: str) -> str:
+    def size(self, name: str) -> int | None:
         with self._lock:
-            info = self._opened().getinfo(name)
-        return f"{info.file_size} {info.CRC}"
+            return self._opened().getinfo(name).file_size
 
     def _opened(self) -> zipfile.ZipFile:
         if self._archive is None:
@@ -153,12 +154,13 @@ class _FileSplit:
         return self.names[index]
 
     def digest(self) -> str:
-        return digest_of(
-            f"{'/'.join(_parts(name)[self.depth :])} {label} {self.reader.facts(name)}".encode(
+        files = (
+            f"{'/'.join(_parts(name)[self.depth :])} {label} {self.reader.size(name)}".encode(
                 errors="surrogateescape"
             )
             for name, label in zip(self.names, self.labels.tolist(), strict=True)
         )
+        return digest_of(itertools.chain(files, some_contents(self)))
 
 
 class _Found(NamedTuple):
