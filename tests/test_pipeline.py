@@ -215,12 +215,16 @@ def test_a_disk_that_fails_is_no_broken_image(tree, monkeypatch):
         data.load(f"folder:{tree}", SIZE)
 
 
-def test_workers_leave_nothing_in_shared_memory(tree):
+def test_workers_leave_nothing_behind(tree):
     split = data.load(f"folder:{tree}", SIZE, hold="disk").train
+    shared = set(pathlib.Path("/dev/shm").glob("psm_*"))
     batches = pipeline(workers=2).training(split, 0)
     batch = next(batches)
-    assert not list(pathlib.Path("/dev/shm").glob("psm_*")) and type(batch["image"]) is np.ndarray
-    batches.close()
+    assert not set(pathlib.Path("/dev/shm").glob("psm_*")) - shared
+    assert type(batch["image"]) is np.ndarray
+    multiprocessing.active_children()[0].kill()
+    with pytest.raises(DataLost, match="a process that reads images has ended"):
+        take(batches, 20)
     assert not multiprocessing.active_children()
 
 
@@ -752,6 +756,7 @@ def test_the_identity_of_hugging_face_data(hugging_face):
             ("digits", SIZE, {"hold": "disk"}),
             '--data digits is held in memory, but --hold is "disk"',
         ),
+        (("digits", SIZE, {"whole_images": True}), "but --train.augment is resized-crop; give"),
         (("folder:x.zip", SIZE, {"whole_images": True, "hold": "memory"}), "--hold is"),
         (("folder:", SIZE, {}), 'got "folder:"'),
         (("digits", 7, {}), "--image-size must be at least 8, got 7"),

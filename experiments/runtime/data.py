@@ -54,9 +54,10 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
     kind, _, path = source.partition(":")
     if source == "digits" or (kind == "idx" and path):
         if hold == "disk" or whole_images:
+            asked = ['--hold is "disk"'] if hold == "disk" else []
+            asked += ["--train.augment is resized-crop"] if whole_images else []
             raise UserError(
-                f'--data {source} is held in memory, but --hold is "{hold}"'
-                f"{' and --train.augment resized-crop' if whole_images else ''}; leave these out."
+                f"--data {source} is held in memory, but {' and '.join(asked)}; give another value."
             )
         with _blaming("--data"):
             if kind == "digits":

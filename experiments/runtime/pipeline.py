@@ -155,6 +155,10 @@ class Pipeline:
         iterator = iter(batches)
         try:
             yield from _while_readable(split, iterator)
+        except RuntimeError as error:  # grain's; what is raised in reading is caught there
+            if not loading.workers:
+                raise
+            raise DataLost(f"a process that reads images has ended: {reason(error)}") from None
         finally:
             iterator.close()
 

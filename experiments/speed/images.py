@@ -97,7 +97,7 @@ def main() -> None:
 def _split(arguments: Arguments) -> EncodedSplit:
     if arguments.data is None:
         return _Photographs(arguments.images)
-    split = data.load(arguments.data, arguments.image_size, whole_images=True).train
+    split = data.on_disk(arguments.data).train
     assert not isinstance(split, ArraySplit)
     return split
 

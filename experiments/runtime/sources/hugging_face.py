@@ -62,6 +62,8 @@ def hugging_face(source: str) -> Dataset:
                 "a labelled split is needed."
             )
     used = next(name for name in held_out if name in labelled)
+    if not isinstance(found[used].features.get(image), datasets.Image):
+        raise UserError(f'the split "{used}" of "{source}" has no column {image} of type Image.')
     for name in held_out:
         if name != used:
             why = "" if name in labelled else ", which has no labels"
