@@ -345,7 +345,10 @@ def test_record_files_that_are_not_one_set(tree, tmp_path):
 @pytest.mark.parametrize(
     "classes,message",
     [
-        (["cat"], "7 images of the train split of .* have a label such as 1, but its 1 classes"),
+        (
+            ["cat"],
+            "the train split of .* has 7 images with labels as 1, but labels of .* from 0 to 0",
+        ),
         (["cat", "dog", "emu"], None),
         ({"cat": 0}, "must be a list of the names of classes"),
     ],
@@ -450,7 +453,7 @@ def test_a_split_without_labels_is_not_used(hold, hugging_face):
     ]
     some = [(image, None if i < 2 else label) for i, (image, label) in enumerate(ROWS)]
     found = hugging_face({"train": some, "test": ROWS}, hold=hold)
-    assert found.left_out == ('2 rows of the split "train", which have no label',)
+    assert found.left_out == ('2 rows without a label in the split "train"',)
     assert found.train.name_of(0) == "train row 2" and len(found.train) == 4
 
 
@@ -587,9 +590,9 @@ def test_which_files_of_a_tree_are_images(tree, tmp_path):
     assert labels == {name: int(name in dogs) for name in cats | dogs}
     assert len(found.test) == 6
     assert found.left_out == (
-        '1 links to nothing and the like, as "train/cat/lost.png"',
-        "3 files that are no images (.txt 2, .pdf 1)",
-        '1 images that are in no folder of a split and a class, as "train/alone.png"',
+        '1 link to nothing, or what is no file, as "train/cat/lost.png"',
+        "3 files of other kinds than images (.txt 2, .pdf 1)",
+        '1 image in no folder of a split and a class, as "train/alone.png"',
     )
     assert not data.load(f"folder:{where}", SIZE).skipped  # all of them can be read
 

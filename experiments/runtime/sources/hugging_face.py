@@ -20,6 +20,7 @@ from experiments.runtime.sources.splits import (
     Dataset,
     Sample,
     can_be_mirrored,
+    count_of,
     digest_of,
     read_file,
     some_contents,
@@ -72,7 +73,7 @@ def hugging_face(source: str) -> Dataset:
     for name in ("train", used):
         places[name] = np.flatnonzero(labels[name] >= 0)
         if without := len(labels[name]) - len(places[name]):
-            left_out.append(f'{without} rows of the split "{name}", which have no label')
+            left_out.append(f'{count_of(without, "row")} without a label in the split "{name}"')
     kept = {"train": labels["train"][places["train"]], "test": labels[used][places[used]]}
     classes, kept = numbered(source, names, kept)
     root = pathlib.Path(source) if os.path.isdir(source) else None

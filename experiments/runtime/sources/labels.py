@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from experiments.runtime.errors import UserError
+from experiments.runtime.sources.splits import count_of
 
 
 def check_range(where: str, split: str, labels: Int[np.ndarray, count], classes: int) -> None:
@@ -25,9 +26,9 @@ def check_range(where: str, split: str, labels: Int[np.ndarray, count], classes:
     outside = labels[(labels < 0) | (labels >= classes)]
     if len(outside):
         raise UserError(
-            f'{len(outside)} images of the {split} split of "{where}" have a label such as '
-            f"{outside[0]}, but its {classes} classes are labelled from 0 to {classes - 1}; mend "
-            "the labels or the list of classes."
+            f'the {split} split of "{where}" has {count_of(len(outside), "image")} with labels as '
+            f"{outside[0]}, but labels of its classes are from 0 to {classes - 1}; mend the labels "
+            "or the list of classes."
         )
 
 

@@ -177,6 +177,11 @@ def _has_entries(folder: pathlib.Path) -> bool:
         return False
 
 
+def count_of(count: int, noun: str) -> str:
+    """As "1 image" or "2 images"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def can_be_mirrored(classes: Sequence[str]) -> bool:
     """Whether mirror images are as good: not of characters, which are told by classes' names."""
     words = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}

@@ -23,6 +23,7 @@ from experiments.runtime.sources.splits import (
     Dataset,
     Sample,
     can_be_mirrored,
+    count_of,
     digest_of,
     read_file,
     some_contents,
@@ -185,7 +186,7 @@ def _dataset(where: str, names: Iterable[str], reader: _Reader, left_out: list[s
             others[suffix or "no suffix"] += 1
     if others:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))
-        left_out.append(f"{others.total()} files that are no images ({kinds})")
+        left_out.append(f"{count_of(others.total(), 'file')} of other kinds than images ({kinds})")
     found = _in_splits(where, images, left_out)
     train = _only([f for f in found if f.split[-1].lower() in _TRAIN], where, "train", left_out)
     known = {f.label for f in train}
@@ -241,7 +242,8 @@ def _in_splits(where: str, images: dict[Folder, list[str]], left_out: list[str])
             outside += names
     if outside:
         left_out.append(
-            f'{len(outside)} images that are in no folder of a split and a class, as "{outside[0]}"'
+            f"{count_of(len(outside), 'image')} in no folder of a split and a class, as "
+            f'"{outside[0]}"'
         )
     return found
 
@@ -261,7 +263,9 @@ def _held_out(found: list[_Found], known: set[str], left_out: list[str]) -> list
     used = min((f.split for f in labelled), key=lambda split: _HELD_OUT.index(split[-1].lower()))
     for split in sorted({f.split for f in found} - {used}):
         count = sum(len(f.names) for f in found if f.split == split)
-        left_out.append(f'{count} images of "{"/".join(split)}", as "{"/".join(used)}" is held out')
+        left_out.append(
+            f'{count_of(count, "image")} of "{"/".join(split)}", as "{"/".join(used)}" is held out'
+        )
     return [f for f in found if f.split == used]
 
 
@@ -333,5 +337,8 @@ def _files_below(root: pathlib.Path) -> tuple[list[str], list[str]]:
         except OSError as error:
             left_out.append(f'the folder "{root / prefix}": {reason(error)}')
     if no_files:
-        left_out.append(f'{len(no_files)} links to nothing and the like, as "{min(no_files)}"')
+        left_out.append(
+            f"{count_of(len(no_files), 'link')} to nothing, or what is no file, as "
+            f'"{min(no_files)}"'
+        )
     return sorted(names), sorted(left_out)
