@@ -144,6 +144,7 @@ def test_another_image_takes_the_place_of_a_broken_one(broken_tree, augment, wor
         (twice,) = (np.bincount(batch["index"], minlength=14) - np.isin(range(14), whole)).nonzero()
         stand_ins |= set(twice.tolist())
     assert len(stand_ins) == 1  # the same in every epoch
+    assert_same(take(pipeline(augment=augment, batch=14).training(split, 1), 1), batches[1:])
     for processes in (1, 2):
         parts = [pipeline(processes, i, augment, batch=14) for i in range(processes)]
         shares = [next(part.training(split, 1)) for part in parts]  # going on with the second

@@ -29,8 +29,8 @@ class Batch(TypedDict):
     """A process's share of a batch.
 
     Images are uint8 of shape (share, size, size, 3). Of training, all are real images, and "index"
-    has the places in the split of those that were read. Of evaluation, an image that cannot be read
-    has label -1, and padding has label and index -1; both are black.
+    has the places in the split of those that were read. Of evaluation, what does not count has
+    label -1: an image that cannot be read, whose index is its place, and padding, with index -1.
     """
 
     image: np.ndarray
@@ -91,7 +91,7 @@ class Pipeline:
         processes.
 
         Raises:
-          DataLost: the data cannot be read any more, or half of it.
+          DataLost: the data cannot be read any more, or not most of it; see `_while_readable`.
         """
         if isinstance(split, ArraySplit):
             return self._training_arrays(split, step)
@@ -101,7 +101,7 @@ class Pipeline:
         """Batches that have every sample once, and padding behind the last.
 
         Raises:
-          DataLost: the data cannot be read any more, or half of it.
+          DataLost: the data cannot be read any more, or not most of it; see `_while_readable`.
         """
         count = -(-len(split) // self.global_batch_size) * self.global_batch_size
         index = np.arange(count).reshape(-1, self.process_count, self.share)[:, self.process_index]
