@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,7 @@ from drconv_jax.geometry import Window, window_of
 from drconv_jax.guide import softmax_vjp
 from drconv_jax.region_conv import automatic, choose, cpu
 from drconv_jax.region_conv.automatic import unless_exported_or_partitioned
-from drconv_jax.region_conv.derivatives import with_gradient
+from drconv_jax.region_conv.derivatives import with_derivative, with_gradient
 from drconv_jax.region_conv.fused import Statics, samplewise
 from drconv_jax.region_conv.select import select
 from drconv_jax.region_conv.sharding import along_batch, varying, varying_like
@@ -123,7 +123,9 @@ class _Call:
     def at_once(self, *args: Array) -> Array:
         """Mixes filters where they are used, on a CPU; can be differentiated."""
         if self.keeps_filters(args[-1]):
-            return _derived(self._forward, self.in_turn)(*args)
+            return with_derivative(
+                self._forward, lambda primals, tangents: jax.jvp(self.in_turn, primals, tangents)
+            )(*args)
         return with_gradient(self._forward, self._gradient, self._definition)(*args)
 
     def _forward(self, *args: Array) -> Array:
@@ -157,13 +159,6 @@ class _Call:
     def _filters(self, *factors: Array) -> Array:
         filters = mix(Factors(*factors), native=self.is_native, precision=self.precision)
         return filters.reshape(filters.shape[0], *self.filter_shape)
-
-
-def _derived(function: Callable[..., Array], like: Callable[..., Array]) -> Callable[..., Array]:
-    """`function`, with the derivatives of another that computes the same."""
-    derived = jax.custom_jvp(function)
-    derived.defjvp(lambda primals, tangents: jax.jvp(like, primals, tangents))
-    return lambda *args: derived(*varying_like(args, *args))
 
 
 def mix(

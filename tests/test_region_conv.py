@@ -169,12 +169,16 @@ def derivatives(function, arguments, directions):
     gradient = jax.grad(value, (0, 1, 2))
     along = lambda *a: jax.jvp(value, a, directions)[1]  # noqa: E731
     slope = lambda *a: sum((g * d).sum() for g, d in zip(gradient(*a), directions, strict=True))  # noqa: E731
+    looped = lambda *a: jax.lax.scan(lambda c, _: (c + value(*a), None), 0.0, length=2)[0]  # noqa: E731
     twice = lambda a: jnp.stack([a, -2 * a])  # noqa: E731
     return {
         "forward": along(*arguments),
         "forward of reverse": jax.jvp(gradient, arguments, directions)[1],
         "reverse of reverse": jax.grad(slope, (0, 1, 2))(*arguments),
         "reverse of forward": jax.grad(along, (0, 1, 2))(*arguments),
+        "forward of reverse in a loop": jax.jvp(jax.grad(looped, (0, 1, 2)), arguments, directions)[
+            1
+        ],
         "vmap of forward of reverse": jax.vmap(lambda *d: jax.jvp(gradient, arguments, d)[1])(
             *map(twice, directions)
         ),
