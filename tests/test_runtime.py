@@ -448,7 +448,7 @@ def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, sigterm_at):
 @pytest.mark.parametrize(
     "recipe,expected",
     [
-        (Recipe(epochs=4, learning_rate=1.0), {0: 0.0, 5: 0.5, 10: 1.0, 25: 0.5, 40: 0.0}),
+        (Recipe(epochs=4, learning_rate=1.0), {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 25: 0.5, 40: 0.0}),
         (RECIPES["imagenet"], {0: 0.5, 1200: 0.25, 2400: 0.0}),
         (RECIPES["mobilenet"], {9: 0.045, 10: 0.045 * 0.98, 2999: 0.045 * 0.98**299}),
     ],
@@ -456,6 +456,18 @@ def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, sigterm_at):
 def test_schedules(recipe, expected):
     rate = learning_rate(recipe, steps_per_epoch=10)
     assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "exponential"])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 0.1, 0.5, 1.0, 9.0])
+def test_every_step_moves_and_the_peak_is_reached(schedule, warmup_epochs):
+    recipe = Recipe(2, learning_rate=0.3, schedule=schedule, warmup_epochs=warmup_epochs)
+    rates = np.asarray(jax.vmap(learning_rate(recipe, steps_per_epoch=10))(jnp.arange(20)))
+    assert (rates > 0).all() and rates.max() == pytest.approx(0.3)
+    warmup = min(int(10 * warmup_epochs), 19)
+    rising = 0.3 * np.arange(1, warmup + 1) / max(warmup, 1)
+    np.testing.assert_allclose(rates[:warmup], rising, rtol=1e-5)
+    assert rates[warmup] == pytest.approx(0.3) and (np.diff(rates[warmup:]) <= 0).all()
 
 
 def test_sgd_by_hand():
