@@ -227,9 +227,34 @@ def test_checkpoints_that_are_all_damaged(tmp_path):
     checkpoints.close()
     for step in (1, 2):
         flip(largest(tmp_path / "checkpoints" / str(step) / "state"))
-    with pytest.raises(UserError, match='checkpoints/2" cannot be read: its arrays are not what'):
+    message = (
+        '^the checkpoint ".*checkpoints/2" cannot be read: its arrays are not what was written; '
+        'the checkpoint ".*checkpoints/1" cannot be read: its arrays are not what was written; '
+        "put a copy of a checkpoint back, or begin a new run with another --run-dir.$"
+    )
+    with pytest.raises(UserError, match=message):
         Checkpoints(tmp_path, keep=2).restore(shapes_of(state_like(0)))
     assert (tmp_path / "checkpoints" / "2").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_only_checkpoint_is_damaged(damage, tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state_like(1), {"rows": [1]})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "1"
+    DAMAGES[damage](folder)
+    with pytest.raises(UserError) as refused:
+        Checkpoints(tmp_path, keep=1).restore(shapes_of(state_like(0)))
+    said = str(refused.value)
+    assert said.startswith(f'the checkpoint "{folder}" cannot be read: ')
+    assert said.endswith(
+        "; put a copy of a checkpoint back, or begin a new run with another --run-dir."
+    )
+    assert len(said) < 3 * len(str(folder)) + 250 and "\n" not in said
+    assert "tensorstore_spec" not in said.lower() and "{" not in said
+    assert capfd.readouterr().err == ""
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
