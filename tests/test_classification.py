@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
+from experiments.classification import __main__ as experiment
 from experiments.classification.__main__ import Arguments, Config, ModelConfig, Pods, main
 from experiments.runtime import data, loop, mesh
 from experiments.runtime.checkpoints import CheckpointConfig
@@ -178,6 +180,21 @@ def test_a_file_that_cannot_be_read_is_skipped(tree):
         patch.setattr(type(path), "read_bytes", read_bytes)
         dataset = data.load(f"folder:{tree}", 16)
     assert dataset.skipped == ("train/cat/0.png: not yours",)
+
+
+def test_a_picture_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    trained = loop.Trained(
+        SimpleNamespace(variables={"params": {}}),  # of which no picture can be drawn
+        {"epoch": 1, "test_accuracy": 0.5},
+        [],
+    )
+    monkeypatch.setattr(experiment, "train", lambda *args, **kwargs: trained)
+    experiment.run(Config(), tmp_path, mesh.make_mesh())
+    assert json.loads((tmp_path / "report.json").read_text())["test_accuracy"] == 0.5
+    out, err = capsys.readouterr()
+    assert "test accuracy 0.5000 after 1 epochs" in out
+    assert re.fullmatch("warning: guide_masks.png is not drawn: .+\n", err)
+    assert not (tmp_path / "guide_masks.png").exists()
 
 
 def test_a_class_without_a_readable_image(tree):

@@ -196,9 +196,16 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh, loading: Loading = Lo
         "skipped_images": len(skipped),
         "skipped": skipped,
     }
-    if config.model.has_guide:
-        _draw_guide_masks(model, variables, dataset, config, run_dir)
     write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    if config.model.has_guide:
+        try:
+            _draw_guide_masks(model, variables, dataset, config, run_dir)
+        except Exception as error:  # a picture is not worth a run's end
+            reason = " ".join(str(error).split())[:200]
+            print(
+                f"warning: guide_masks.png is not drawn: {type(error).__name__}: {reason}",
+                file=sys.stderr,
+            )
     print(
         f"test accuracy {metrics['test_accuracy']:.4f} after {metrics['epoch']} epochs, "
         f"{report['parameters']:,} parameters, {len(skipped)} images skipped; "

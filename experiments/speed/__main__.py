@@ -74,9 +74,9 @@ def run(arguments: Arguments) -> None:
     chosen = cases.suite(arguments.suite, arguments.select)
     run_dir = _new_folder(arguments)
     run_dir.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)  # a file has room for whole rows
+        console.width = 160  # a file has room for whole rows
     console.print(f"{len(chosen)} cases; run folder {run_dir}", highlight=False)
     start = time.time()
     about = {
@@ -86,8 +86,8 @@ def run(arguments: Arguments) -> None:
     }
     for measured in _measure(arguments, chosen, console):
         report.write(run_dir, measured, about | {"seconds": time.time() - start})
-    plots.write(run_dir, measured.results)
     report.show(console, measured)
+    plots.write(run_dir, measured.results)
     console.print(f"{time.time() - start:.0f} s; see {run_dir}", highlight=False)
 
 
