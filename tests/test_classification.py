@@ -205,6 +205,28 @@ def test_a_class_without_a_readable_image(tree):
 
 
 @pytest.mark.parametrize(
+    "name,option,value,numbers",
+    [
+        ("small", "blocks", (1, 1), "3 numbers"),
+        ("small", "blocks", (1, 1, 1, 1), "3 numbers"),
+        ("small", "blocks", (), "3 numbers"),
+        ("small", "stem_strides", (1,), "2 numbers"),
+        ("shufflenet_v2_x1_0", "channels", (8, 8), "5 numbers"),
+        ("dr_mobilenet_v2_x1_0", "stem_strides", (1, 2), "one number"),
+        ("mobilenet_v1_x1_0", "stem_strides", (), "one number"),
+        ("mobilefacenet", "blocks", (1, 1, 1), "4 numbers"),
+    ],
+)
+def test_an_option_of_several_numbers(name, option, value, numbers):
+    with pytest.raises(UserError) as refused:
+        ModelConfig(name, **{option: value})
+    assert str(refused.value) == (
+        f'--model.{option.replace("_", "-")} must be {numbers} in the network "{name}", got '
+        f"{' '.join(map(str, value)) or 'none'}."
+    )
+
+
+@pytest.mark.parametrize(
     "config,option,value",
     [
         (Recipe, "seed", -1),
@@ -224,6 +246,7 @@ def test_a_class_without_a_readable_image(tree):
         (CheckpointConfig, "keep", 0),
         (ModelConfig, "width", float("nan")),
         (ModelConfig, "blocks", (1, 0, 1)),
+        (ModelConfig, "channels", (8, 8, 0, 8, 8)),
         (ModelConfig, "stem_strides", (0, 2)),
         (ModelConfig, "regions", 0),
         (ModelConfig, "guide_pool", 0),
