@@ -268,8 +268,8 @@ def _scan(eqn: JaxprEqn, *operands: Any) -> list[Any]:
 
 def _summed_up_wide(eqn: JaxprEqn, *operands: Any) -> list[Any]:
     """A product or a convolution, whose result in ONNX has the dtype of its operands."""
-    dtype = eqn.outvars[0].aval.dtype
-    return [eqn.primitive.bind(*(jnp.asarray(o, dtype) for o in operands), **eqn.params)]
+    result: Any = eqn.outvars[0].aval
+    return [eqn.primitive.bind(*(jnp.asarray(o, result.dtype) for o in operands), **eqn.params)]
 
 
 def _max_pool(

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from flax import nnx
 
 from drconv_jax import DRConv
 from drconv_jax.fold import fold_batch_norm
 from drconv_jax.models import BlockGuide, ShuffleNetV2
+from drconv_jax.nnx import DRConv as NnxDRConv
 from drconv_jax.onnx import export_onnx
 
 pytest.importorskip("jax2onnx", reason="no jax2onnx")
@@ -61,6 +63,21 @@ def test_a_layer_with_a_larger_kernel(generator, window, tmp_path):
     variables = layer.init(jax.random.key(1), x)
     export_onnx(tmp_path / "layer.onnx", layer.apply, variables, x.shape[1:])
     assert_file_is(tmp_path / "layer.onnx", layer.apply(variables, x), x)
+
+
+def test_a_layer_of_nnx(tmp_path):
+    """Outside flax.linen a layer must say itself that it is made of products and a select."""
+    x = jax.random.normal(jax.random.key(0), (3, 5, 4, 4))
+
+    def layer(**fields):
+        graph, state = nnx.split(NnxDRConv(4, 6, (3, 3), regions=2, rngs=nnx.Rngs(0), **fields))
+        return lambda state, x: nnx.merge(graph, state)(x), state
+
+    apply, state = layer(implementation="select")
+    export_onnx(tmp_path / "layer.onnx", apply, state, x.shape[1:])
+    assert_file_is(tmp_path / "layer.onnx", apply(state, x), x)
+    with pytest.raises(ValueError, match='outside flax.linen give implementation="select"'):
+        export_onnx(tmp_path / "other.onnx", *layer(), x.shape[1:])
 
 
 def test_uint8_images(tmp_path):

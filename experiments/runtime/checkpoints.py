@@ -146,15 +146,15 @@ class Checkpoints:
             except Exception as error:  # damage shows in many ways
                 unreadable[step] = error
             else:
-                for damaged, error in unreadable.items():
-                    self._put_aside(damaged, _reason(error))
+                for damaged, why in unreadable.items():
+                    self._put_aside(damaged, _reason(why))
                 return read
         if unreadable:
             sentences = [
-                f'the checkpoint "{self._folder / str(step)}" cannot be read: {_reason(error)}'
-                for step, error in unreadable.items()
+                f'the checkpoint "{self._folder / str(step)}" cannot be read: {_reason(why)}'
+                for step, why in unreadable.items()
             ]
-            if not any(isinstance(error, _OfAnotherModelError) for error in unreadable.values()):
+            if not any(isinstance(why, _OfAnotherModelError) for why in unreadable.values()):
                 sentences.append(
                     "put a copy of a checkpoint back, or begin a new run with another --run-dir"
                 )
@@ -233,9 +233,9 @@ def _reason(error: Exception) -> str:
     """Why a checkpoint cannot be used, in a few words; orbax and TensorStore say it in pages."""
     if isinstance(error, _UnfitError):
         return str(error)
-    causes = [error]
+    causes: list[BaseException] = [error]
     while cause := causes[-1].__cause__:
-        causes.append(cause)  # type: ignore[arg-type]
+        causes.append(cause)
     text = " ".join(" ".join(map(str, causes)).split())
     if named := re.findall(r'local file "([^"]*[^"/])"|File (\S*) not found', text):
         return f'"{"".join(named[-1])}" is damaged or missing'
