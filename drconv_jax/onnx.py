@@ -75,7 +75,7 @@ def export_onnx(
     # Traced before jax2onnx puts its own layers in place of flax's, which it does while converting.
     try:
         traced = jax.make_jaxpr(functools.partial(_of_plain_operations(apply), variables))(inputs)
-    except jax.core.InconclusiveDimensionOperation as error:
+    except jax.errors.InconclusiveDimensionOperation as error:
         raise ValueError(
             f"an ONNX file is for any batch size, but the network is not: {_first_line(error)}; "
             "write inputs.shape[0] for the batch size, and branch on nothing that depends on it."

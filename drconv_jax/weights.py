@@ -123,17 +123,17 @@ def load_weights(path: str | os.PathLike[str], like: Variables) -> Variables:
             )
             if problems:
                 raise ValueError(f'"{path}" holds weights of another model; {problems}.')
-            for name, leaf in named.items():
-                if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
-                    raise ValueError(
-                        f'{name} in "{path}" is {leaf.dtype.name}, of which JAX would drop half '
-                        'the bits; call jax.config.update("jax_enable_x64", True) before.'
-                    )
             arrays = [jnp.asarray(file.get_tensor(name)) for name in named]
     except SafetensorError as error:
         raise ValueError(
             f'"{path}" is no safetensors file, or not a whole one ({error}).'
         ) from None
+    for array, (name, leaf) in zip(arrays, named.items(), strict=True):
+        if array.dtype.name != leaf.dtype.name:
+            raise ValueError(
+                f'{name} in "{path}" is {leaf.dtype.name}, of which JAX would drop half the bits; '
+                'call jax.config.update("jax_enable_x64", True) before.'
+            )
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
