@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array
 
 PLATFORMS = ("cpu", "tpu", "cuda")
+_KNOWN = (*PLATFORMS, "rocm")
 
 
 def export_model(
@@ -37,8 +38,12 @@ def export_model(
       variables: kept in the file.
       input_shape: of one sample, without the batch.
       dtype: of the inputs.
-      platforms: where it will run, as `jax.export` names them.
+      platforms: where it will run, as `jax.export` names them; "gpu" is "cuda".
+
+    Raises:
+      ValueError: a platform is unknown, or none is given.
     """
+    platforms = platform_names(platforms)
     batch = jax.export.symbolic_shape("batch")
     inputs = jax.ShapeDtypeStruct((*batch, *input_shape), dtype)
     run = jax.jit(lambda inputs: apply(variables, inputs))
@@ -50,6 +55,19 @@ def export_model(
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def platform_names(platforms: Sequence[str]) -> tuple[str, ...]:
+    """The names that `jax.export` has for platforms, each once.
+
+    Raises:
+      ValueError: a platform is unknown, or none is given.
+    """
+    names = tuple(dict.fromkeys("cuda" if name == "gpu" else name for name in platforms))
+    if not names or not set(names) <= set(_KNOWN):
+        given = ", ".join(f'"{name}"' for name in platforms) or "none"
+        raise ValueError(f"platforms must be some of {', '.join(_KNOWN)} or gpu, got {given}.")
+    return names
 
 
 def load_exported(path: str | os.PathLike[str]) -> Callable[[Array], Any]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict
 from jaxtyping import Array, Float, Int
+
+_TITLE = 20  # characters that have room beside an image
 
 
 def region_indices(intermediates: Mapping[str, Any]) -> dict[str, Int[Array, batch * out]]:
@@ -41,7 +44,7 @@ def save_guide_masks(
       images: values from 0 to 1, with 1 or 3 channels.
       indices: as `region_indices` returns them, for the same images.
       regions: m, for the colours.
-      titles: a word for each image.
+      titles: a word for each image, shown as it is; where it is long, its beginning.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -52,7 +55,7 @@ def save_guide_masks(
     axes = figure.subplots(len(images), columns, squeeze=False)
     for row, image in enumerate(images):
         axes[row, 0].imshow(image if image.shape[-1] == 3 else image[..., 0], cmap="gray")
-        axes[row, 0].set_ylabel(titles[row], fontsize=8)
+        _label(axes[row, 0].set_ylabel, _in_one_line(titles[row]), 8)
         for column, (layer, index) in enumerate(indices.items(), start=1):
             axes[row, column].imshow(
                 index[row], cmap=colours, vmin=-0.5, vmax=regions - 0.5, interpolation="nearest"
@@ -60,10 +63,23 @@ def save_guide_masks(
             if row == 0:
                 height, width = index.shape[1:]
                 label = layer.replace("_", " ").replace("/", "\n")
-                axes[0, column].set_title(f"{label}\n{height}x{width}", fontsize=7)
-    axes[0, 0].set_title("input", fontsize=7)
+                _label(axes[0, column].set_title, f"{label}\n{height}x{width}", 7)
+    _label(axes[0, 0].set_title, "input", 7)
     for axis in axes.flat:
         axis.set_xticks([])
         axis.set_yticks([])
     figure.suptitle(f"Guide masks: each colour is one of {regions} regions", fontsize=9)
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # those that no font has are drawn as boxes
+        figure.savefig(path, dpi=110)
+
+
+def _label(write: Callable[..., Any], text: str, size: int) -> None:
+    """Writes the text as it stands: matplotlib would take what is between dollars for a formula."""
+    drawable = "".join(c if c.isprintable() or c == "\n" else " " for c in text)
+    write(drawable, fontsize=size, parse_math=False, usetex=False)
+
+
+def _in_one_line(text: str) -> str:
+    shown = " ".join(text.split())
+    return shown if len(shown) <= _TITLE else f"{shown[: _TITLE - 1]}…"

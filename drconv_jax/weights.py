@@ -38,7 +38,17 @@ _DTYPES = {
     "I64": "int64",
     "F64": "float64",
 }
+_RESERVED = "__metadata__"
 _LISTED = 20
+
+
+def in_plain_memory(array: Any) -> np.ndarray:
+    """A numpy array whose memory is its values in C order and this machine's byte order.
+
+    safetensors writes memory as it lies, and JAX takes no other byte order.
+    """
+    array = np.asarray(array)
+    return array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
 
 
 def save_weights(path: str | os.PathLike[str], variables: Any) -> None:
@@ -50,21 +60,24 @@ def save_weights(path: str | os.PathLike[str], variables: Any) -> None:
 
     Raises:
       TypeError: a leaf is no array, or of a dtype that safetensors does not keep.
-      ValueError: two arrays have the same path, or there is none.
+      ValueError: two arrays have the same path, there is none, or one has safetensors' own name.
     """
     path = pathlib.Path(path)
-    named = _named(variables)
+    named = _named("variables", variables)
     if not named:
         raise ValueError("there must be at least one array to save, got none.")
-    for name, value in named.items():
-        dtype = str(getattr(value, "dtype", type(value).__name__))
+    if _RESERVED in named:
+        raise ValueError(f'no array can be named "{_RESERVED}", a name that safetensors keeps.')
+    for name, leaf in named.items():
+        holds_values = not isinstance(leaf, jax.ShapeDtypeStruct)
+        dtype = leaf.dtype.name if holds_values else "a shape without values"
         if dtype not in _DTYPES.values():
             raise TypeError(
                 f"weights must be arrays of {', '.join(_DTYPES.values())}; {name} is {dtype}."
             )
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
-        save_file({name: np.asarray(value) for name, value in named.items()}, temporary)
+        save_file({name: in_plain_memory(leaf) for name, leaf in named.items()}, temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -92,15 +105,17 @@ def load_weights(path: str | os.PathLike[str], like: Variables) -> Variables:
 
     Raises:
       OSError: the file cannot be read.
-      ValueError: it is no whole safetensors file, or its arrays are not those of `like` by name,
-        shape and dtype; the message lists the differences.
+      TypeError: a leaf of `like` has no shape and dtype.
+      ValueError: it is no whole safetensors file, its arrays are not those of `like` by name,
+        shape and dtype (the message lists the differences), or they have 64 bits and JAX is set to
+        keep 32.
     """
-    named = _named(like)
+    named = _named("like", like)
     try:
         with safe_open(path, framework="np") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
             problems = mismatches(
-                {name: f"{leaf.shape} {leaf.dtype}" for name, leaf in named.items()},
+                {name: f"{leaf.shape} {leaf.dtype.name}" for name, leaf in named.items()},
                 {
                     name: f"{tuple(s.get_shape())} {_DTYPES.get(s.get_dtype(), s.get_dtype())}"
                     for name, s in slices.items()
@@ -113,6 +128,12 @@ def load_weights(path: str | os.PathLike[str], like: Variables) -> Variables:
         raise ValueError(
             f'"{path}" is no safetensors file, or not a whole one ({error}).'
         ) from None
+    for array, (name, leaf) in zip(arrays, named.items(), strict=True):
+        if array.dtype.name != leaf.dtype.name:
+            raise ValueError(
+                f'{name} in "{path}" is {leaf.dtype.name}, of which JAX would drop half the bits; '
+                'call jax.config.update("jax_enable_x64", True) before.'
+            )
     return jax.tree.unflatten(jax.tree.structure(like), arrays)
 
 
@@ -189,9 +210,10 @@ def load_matching(variables: Variables, source: Any) -> tuple[Variables, LoadRep
       The new variables, in the dtypes of `variables`, and a report.
 
     Raises:
+      TypeError: `variables` or `source` is not made of arrays.
       ValueError: no array fits.
     """
-    ours, theirs = _named(variables), _named(source)
+    ours, theirs = _named("variables", variables), _named("source", source)
     common = [name for name in ours if name in theirs]
     loaded = tuple(name for name in common if np.shape(ours[name]) == np.shape(theirs[name]))
     if not loaded:
@@ -200,8 +222,12 @@ def load_matching(variables: Variables, source: Any) -> tuple[Variables, LoadRep
             f"{len(theirs)} fits; the network's first is {next(iter(ours), 'missing')}, the "
             f"source's {next(iter(theirs), 'missing')}."
         )
+    taken = {
+        name: leaf if isinstance(leaf := theirs[name], jax.Array) else in_plain_memory(leaf)
+        for name in loaded
+    }
     values = [
-        jnp.asarray(theirs[name], leaf.dtype) if name in loaded else leaf
+        jnp.asarray(taken[name], leaf.dtype) if name in taken else leaf
         for name, leaf in ours.items()
     ]
     report = LoadReport(
@@ -219,9 +245,21 @@ def load_matching(variables: Variables, source: Any) -> tuple[Variables, LoadRep
     return jax.tree.unflatten(jax.tree.structure(variables), values), report
 
 
-def _named(tree: Any) -> dict[str, Any]:
-    """The leaves by their paths, in the order in which `jax.tree` has them."""
+def _named(argument: str, tree: Any) -> dict[str, Any]:
+    """The leaves by their paths, in the order in which `jax.tree` has them.
+
+    Args:
+      argument: what the caller calls the tree, for errors.
+      tree: arrays, or shapes and dtypes.
+    """
     leaves = jax.tree.leaves_with_path(tree)
+    for path, leaf in leaves:
+        if not (path and hasattr(leaf, "shape") and hasattr(leaf, "dtype")):
+            place = jax.tree_util.keystr(path, simple=True, separator="/") or argument
+            raise TypeError(
+                f"{argument} must be arrays in nested dictionaries, as module.init returns them; "
+                f"{place} is {type(leaf).__name__}."
+            )
     named = {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
     if len(named) != len(leaves):
         raise ValueError('two arrays have the same path: names must not contain "/".')

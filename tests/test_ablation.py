@@ -1,5 +1,8 @@
+import dataclasses
 import functools
 import json
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -12,7 +15,7 @@ import tyro
 from drconv_jax import DRConv, cost
 from experiments.ablation import __main__ as ablation
 from experiments.ablation import report, study
-from experiments.ablation.results import Results
+from experiments.ablation.results import Results, Run
 from experiments.classification import guides
 from experiments.classification.__main__ import PRESETS, Arguments
 from experiments.runtime import configs
@@ -131,6 +134,33 @@ def test_finished_runs_are_skipped(faked, tmp_path):
     assert sorted(done) == [("m2", 0), ("m2", 1)]
     with pytest.raises(UserError, match="has plain with seed 0 done by other options"):
         ablation._run_all(arguments(cases=("plain",), epochs=9), Results(tmp_path / "out"))
+
+
+def test_the_data_may_lie_elsewhere(faked, tmp_path):
+    done, _ = faked
+    for data in ("folder:x", "folder:../y z/cifar10.zip"):
+        arguments = ablation.Arguments(
+            data, cases=("plain",), seeds=1, runs=tmp_path / "runs", out=tmp_path / "out"
+        )
+        ablation._run_all(arguments, Results(tmp_path / "out"))
+    assert done == [("plain", 0)]
+    for data in ("arrayrecord:x", "hf:x", "digits"):
+        with pytest.raises(UserError, match="done by other options"):
+            other = dataclasses.replace(arguments, data=data)
+            ablation._run_all(other, Results(tmp_path / "out"))
+
+
+def test_readmes_command_finds_the_published_results():
+    """A fresh clone has its results, whatever the path of the data."""
+    root = pathlib.Path(__file__).parents[1]
+    readme = (root / "README.md").read_text(encoding="utf-8")
+    options = re.search(r"-m experiments\.ablation (--data [^`]*)`", readme)[1].split()
+    arguments = tyro.cli(ablation.Arguments, args=options)
+    results = Results(root / "docs" / "ablation")
+    wanted = study.order(arguments.cases, arguments.seeds)
+    assert len(wanted) >= 18
+    for name, seed in wanted:
+        assert results.has(Run(name, seed, ablation._command(name, seed, arguments)))
 
 
 def test_a_run_that_fails_stops_the_study(faked, tmp_path):

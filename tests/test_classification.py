@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import zipfile
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
+from experiments.classification import __main__ as experiment
 from experiments.classification.__main__ import Arguments, Config, ModelConfig, Pods, main
 from experiments.runtime import data, loop, mesh
 from experiments.runtime.checkpoints import CheckpointConfig
@@ -180,11 +182,48 @@ def test_a_file_that_cannot_be_read_is_skipped(tree):
     assert dataset.skipped == ("train/cat/0.png: not yours",)
 
 
+def test_a_picture_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys):
+    trained = loop.Trained(
+        SimpleNamespace(variables={"params": {}}),  # of which no picture can be drawn
+        {"epoch": 1, "test_accuracy": 0.5},
+        [],
+    )
+    monkeypatch.setattr(experiment, "train", lambda *args, **kwargs: trained)
+    experiment.run(Config(), tmp_path, mesh.make_mesh())
+    assert json.loads((tmp_path / "report.json").read_text())["test_accuracy"] == 0.5
+    out, err = capsys.readouterr()
+    assert "test accuracy 0.5000 after 1 epochs" in out
+    assert re.fullmatch("warning: guide_masks.png is not drawn: .+\n", err)
+    assert not (tmp_path / "guide_masks.png").exists()
+
+
 def test_a_class_without_a_readable_image(tree):
     for path in (tree / "val" / "dog").glob("*.png"):
         path.write_bytes(b"broken")
     with pytest.raises(UserError, match='no image of class "dog" in the test split'):
         data.load(f"folder:{tree}", 16)
+
+
+@pytest.mark.parametrize(
+    "name,option,value,numbers",
+    [
+        ("small", "blocks", (1, 1), "3 numbers"),
+        ("small", "blocks", (1, 1, 1, 1), "3 numbers"),
+        ("small", "blocks", (), "3 numbers"),
+        ("small", "stem_strides", (1,), "2 numbers"),
+        ("shufflenet_v2_x1_0", "channels", (8, 8), "5 numbers"),
+        ("dr_mobilenet_v2_x1_0", "stem_strides", (1, 2), "one number"),
+        ("mobilenet_v1_x1_0", "stem_strides", (), "one number"),
+        ("mobilefacenet", "blocks", (1, 1, 1), "4 numbers"),
+    ],
+)
+def test_an_option_of_several_numbers(name, option, value, numbers):
+    with pytest.raises(UserError) as refused:
+        ModelConfig(name, **{option: value})
+    assert str(refused.value) == (
+        f'--model.{option.replace("_", "-")} must be {numbers} in the network "{name}", got '
+        f"{' '.join(map(str, value)) or 'none'}."
+    )
 
 
 @pytest.mark.parametrize(
@@ -207,6 +246,7 @@ def test_a_class_without_a_readable_image(tree):
         (CheckpointConfig, "keep", 0),
         (ModelConfig, "width", float("nan")),
         (ModelConfig, "blocks", (1, 0, 1)),
+        (ModelConfig, "channels", (8, 8, 0, 8, 8)),
         (ModelConfig, "stem_strides", (0, 2)),
         (ModelConfig, "regions", 0),
         (ModelConfig, "guide_pool", 0),

@@ -133,7 +133,7 @@ ENTRY %main (p: f32[4]) -> f32[8] {
 
 def test_the_command(tmp_path):
     size = ["--model.blocks", "1", "1", "1", "--model.conv", "standard", "--image-size", "16"]
-    where = ["--topology", "v5e:2x2", "--chip-batch", "2", "--run-dir", str(tmp_path)]
+    where = ["--topology", "v5e:2x2", "--train.batch-size", "5", "--run-dir", str(tmp_path)]
     result = subprocess.run(
         [sys.executable, "-m", "experiments.classification", "--dry-run", *size, *where],
         capture_output=True,
@@ -152,13 +152,38 @@ def test_the_command(tmp_path):
     ):
         assert line in result.stdout
     assert "1 a step: jit(step)/" in result.stdout
+    said = "the batch of 5 does not divide among the 4 chips of v5e:2x2: this is for one of 8, 2 on"
+    assert said in result.stdout
+
+
+@pytest.mark.parametrize(
+    "options,chips,chip_batch,batch",
+    [
+        ({"batch_size": 64}, 256, None, 256),
+        ({"batch_size": 1024}, 256, None, 1024),
+        ({"batch_size": 1000, "accumulate": 3}, 8, None, 1008),
+        ({"batch_size": 64, "accumulate": 4}, 8, 12, 96),
+    ],
+)
+def test_the_batch_of_a_dry_run(options, chips, chip_batch, batch):
+    assert dry_run.batch_of(Recipe(**options), chips, chip_batch) == batch
+
+
+def test_a_chips_batch_that_does_not_divide():
+    with pytest.raises(UserError, match="--chip-batch must be a multiple of .* is 4, got 6"):
+        dry_run.batch_of(Recipe(accumulate=4), 8, 6)
+
+
+def test_without_the_compiler(monkeypatch):
+    monkeypatch.setattr(dry_run.tpu, "compiler_is_installed", lambda: False)
+    with pytest.raises(UserError, match=r"needs libtpu, .* with pip install '.\[tpu\]'"):
+        compile_step("v5e:2x4")
 
 
 @pytest.mark.parametrize(
     "topology,options,message",
     [
         ("v5e:3x77", {}, '--topology: "v5e:3x77" is none'),
-        ("v5e:2x4", {"batch_size": 12}, "multiple of 8 for 8 devices, got 12"),
         ("v5e:2x4", {"fsdp": 3}, "--fsdp must divide the 8 devices, got 3"),
     ],
 )

@@ -1,4 +1,5 @@
 import json
+import re
 import subprocess
 import sys
 
@@ -11,6 +12,7 @@ from jax import export
 
 from drconv_jax.export import export_model, load_exported
 from drconv_jax.models import BlockGuide, ShuffleNetV2
+from experiments.export import __main__ as experiment
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -51,6 +53,15 @@ def test_a_wrong_file_is_refused(tmp_path):
             load_exported(path)
 
 
+def test_platforms(tmp_path):
+    path = tmp_path / "model.stablehlo"
+    export_model(path, lambda w, x: x + w, jnp.ones(()), (3,), platforms=["gpu", "cpu", "cuda"])
+    assert export.deserialize(bytearray(path.read_bytes())).platforms == ("cuda", "cpu")
+    for wrong, said in ((["cpu", "foo"], '"cpu", "foo"'), ([], "none"), (["GPU"], '"GPU"')):
+        with pytest.raises(ValueError, match=f"some of cpu, tpu, cuda, rocm or gpu, got {said}"):
+            export_model(path, lambda w, x: x + w, jnp.ones(()), (3,), platforms=wrong)
+
+
 def command(*arguments):
     return subprocess.run(
         [sys.executable, "-m", "experiments.export", *map(str, arguments)],
@@ -59,28 +70,39 @@ def command(*arguments):
     )
 
 
-def test_the_command_exports_a_run(tmp_path):
+def in_process(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["export", *map(str, arguments)])
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        experiment.main()
+
+
+@pytest.mark.filterwarnings("ignore")  # jax2onnx's
+def test_the_command_exports_a_run(tmp_path, monkeypatch, capfd):
+    run, out = tmp_path / "run", tmp_path / "out"
     process = runs.start(
-        *runs.SMALL,
-        "--train.epochs",
-        1,
-        "--run-dir",
-        tmp_path / "run",
+        *runs.SMALL, "--model.dtype", "bfloat16", "--train.epochs", 1, "--run-dir", run,
         env={"JAX_PLATFORMS": "cpu"},
-    )
+    )  # fmt: skip
     assert runs.finish(process)[0] == 0
-    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == list("0123456789")
-    done = command(tmp_path / "run", "--out", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "its logits differ by at most" in done.stdout
-    images = np.zeros((4, 8, 8, 3), np.uint8)
-    in_onnx = command(tmp_path / "run", "--format", "onnx")
-    assert in_onnx.returncode == 0, in_onnx.stderr
-    assert "model.onnx" in in_onnx.stdout and "its logits differ by at most" in in_onnx.stdout
-    assert load_exported(tmp_path / "out")(images).shape == (4, 10)
+    assert json.loads((run / "classes.json").read_text()) == list("0123456789")
+    in_process(monkeypatch, run, "--out", out)
+    assert "its logits differ by at most" in capfd.readouterr().out
+    assert load_exported(out)(np.zeros((4, 8, 8, 3), np.uint8)).shape == (4, 10)
+    pytest.importorskip("jax2onnx", reason="no jax2onnx")
+    in_process(monkeypatch, run, "--format", "onnx")
+    said = capfd.readouterr()
+    assert re.fullmatch(r".*model.onnx: .* for ONNX; read back, its logits differ .*\n", said.out)
+    assert said.err == ""
+    in_process(monkeypatch, run, "--platforms", "gpu", "--no-fold")
+    assert "for cuda; not read back, since this machine is none" in capfd.readouterr().out
 
 
-def test_the_command_names_what_is_wrong(tmp_path):
+def test_the_command_names_what_is_wrong(tmp_path, monkeypatch, capfd):
     done = command(tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: RUN-DIR: there is no run in")
+    with pytest.raises(SystemExit) as ended:
+        in_process(monkeypatch, tmp_path, "--platforms", "foo")
+    assert ended.value.code == 2
+    said = capfd.readouterr().err
+    assert re.fullmatch('error: --platforms: platforms must be .* or gpu, got "foo".\n', said)

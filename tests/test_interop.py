@@ -4,13 +4,16 @@ import re
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from flax import linen as nn
 
 from drconv_jax import DRConv
 from drconv_jax.interop import import_torch
+from drconv_jax.interop.networks import entries_of_network
 from drconv_jax.models import BlockGuide, MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
+from drconv_jax.weights import load_matching, load_weights, save_weights
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
 
@@ -77,6 +80,148 @@ def test_all_that_does_not_fit_is_listed():
         import_torch(layer, params)
     assert "unexpected: extra.weight (3,)" in str(error.value)
     assert "misshapen: conv_kernel.3.bias is (7,), must be (480,)" in str(error.value)
+
+
+SMALL = ShuffleNetV2(num_classes=3, width=0.1, blocks=(1, 1, 1))
+
+
+@functools.cache
+def small_state():
+    """A state dict for SMALL, and what it must be imported as."""
+    x = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
+    shapes = jax.eval_shape(SMALL.init, KEY, x)
+    state = {}
+    for entry in entries_of_network(SMALL, {}):
+        rng = np.random.default_rng(len(state))
+        state[entry.name] = rng.normal(size=entry.shape).astype(np.float16).astype(np.float32)
+    return state, shapes
+
+
+@pytest.mark.parametrize("dtype", ["float16", ml_dtypes.bfloat16, "float32", "float64", ">f4"])
+def test_variables_have_the_dtypes_of_init(dtype, tmp_path):
+    state, shapes = small_state()
+    state = {name: np.asfortranarray(value.astype(dtype)) for name, value in state.items()}
+    expected = import_torch(SMALL, {name: v.astype(np.float32) for name, v in state.items()})
+    variables = import_torch(SMALL, state)
+    assert jax.tree.map(lambda v: (v.shape, v.dtype), variables) == jax.tree.map(
+        lambda v: (v.shape, v.dtype), shapes
+    )
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    save_weights(tmp_path / "w", variables)
+    jax.tree.map(np.testing.assert_array_equal, load_weights(tmp_path / "w", shapes), expected)
+    _, report = load_matching(expected, variables)
+    assert not report.initial and not report.mismatched
+
+
+@pytest.mark.parametrize("name", ["pooled_0.npz", "experts_0.npz"])
+def test_a_layers_variables_have_its_param_dtype(name):
+    layer, _, params, _ = load(name)
+    layer = layer.copy(param_dtype=jnp.bfloat16)
+    variables = import_torch(layer, {k: np.asarray(v, np.float64) for k, v in params.items()})
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype(jnp.bfloat16)}
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bool", "complex64"])
+def test_what_is_no_weight_is_refused(dtype):
+    state, _ = small_state()
+    state = {**state, "fc.bias": state["fc.bias"].astype(dtype)}
+    with pytest.raises(ValueError, match=f"not floating-point: fc.bias is {dtype}"):
+        import_torch(SMALL, state)
+
+
+@pytest.mark.parametrize(
+    "prefix,model",
+    [
+        ("module.", SMALL),
+        ("model.", MobileNetV2(num_classes=None, width=0.1)),  # whose names begin alike
+        ("_orig_mod.", SMALL),
+        ("module._orig_mod.net.", SMALL),
+    ],
+)
+def test_names_with_a_prefix(prefix, model):
+    state = {entry.name: np.ones(entry.shape) for entry in entries_of_network(model, {})}
+    expected = import_torch(model, state)
+    prefixed = {prefix + name: value for name, value in state.items()}
+    prefixed[f"{prefix}bn1.num_batches_tracked"] = np.array(3)
+    with pytest.warns(UserWarning, match=f'All names begin with "{prefix}", which is left out'):
+        variables = import_torch(model, prefixed)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+    missing = next(iter(state))
+    del prefixed[prefix + missing]
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match=f"missing: {missing}.$"):
+        import_torch(model, prefixed)
+
+
+@pytest.mark.parametrize("name", ["pooled_0.npz", "experts_0.npz"])
+def test_a_layer_out_of_a_network(name):
+    layer, _, params, _ = load(name)
+    expected = import_torch(layer, params)
+    with pytest.warns(UserWarning, match='begin with "stage1.conv.", which is left out'):
+        variables = import_torch(layer, {f"stage1.conv.{k}": v for k, v in params.items()})
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+
+@pytest.mark.parametrize("others", [["n_averaged"], ["ema.decay", "loss.weight"]])
+def test_a_prefix_of_some_names_only(others):
+    state, _ = small_state()
+    prefixed = {f"module.{name}": value for name, value in state.items()}
+    message = rf'{len(state)} of {len(state)} arrays under names that begin with "module\."'
+    with pytest.raises(ValueError, match=message) as error:
+        import_torch(SMALL, {**dict.fromkeys(others, np.ones(())), **prefixed})
+    remedy = re.search(r"pass (\{.*\})\.$", str(error.value))[1]
+    import_torch(SMALL, eval(remedy, {"state_dict": {**prefixed, "other": 0}}))
+
+
+@pytest.mark.parametrize("name", ["state_dict", "model", "model_state_dict"])
+def test_the_checkpoint_of_a_training_script(name):
+    state, _ = small_state()
+    checkpoint = {"epoch": 3, "optimizer": {"lr": 0.1}, name: state}
+    with pytest.warns(UserWarning, match=f'The weights are those in the checkpoint.s "{name}"'):
+        variables = import_torch(SMALL, checkpoint)
+    jax.tree.map(np.testing.assert_array_equal, variables, import_torch(SMALL, state))
+    checkpoint[name] = {f"module.{k}": v for k, v in state.items()}
+    with pytest.warns(UserWarning) as warned:
+        jax.tree.map(np.testing.assert_array_equal, import_torch(SMALL, checkpoint), variables)
+    assert len(warned) == 2
+
+
+class Tensor:
+    """What of a PyTorch tensor is not as numpy's arrays."""
+
+    def __init__(self, values, dtype, on_host=False):
+        self.values, self.dtype, self.on_host = values, dtype, on_host
+
+    def detach(self):
+        return self
+
+    def cpu(self):
+        return Tensor(self.values, self.dtype, on_host=True)
+
+    def float(self):
+        return Tensor(self.values, "torch.float32", self.on_host)
+
+    def __array__(self, *args, **kwargs):
+        if not self.on_host or self.dtype == "torch.bfloat16":
+            raise TypeError("can't convert")
+        return self.values
+
+
+@pytest.mark.parametrize("dtype", ["torch.float32", "torch.bfloat16"])
+def test_tensors_of_any_device(dtype):
+    state, _ = small_state()
+    variables = import_torch(SMALL, {name: Tensor(v, dtype) for name, v in state.items()})
+    jax.tree.map(np.testing.assert_array_equal, variables, import_torch(SMALL, state))
+
+
+@pytest.mark.usefixtures("no_shape_checks")
+def test_what_is_no_state_dict():
+    for given, message in (
+        (nn.Dense(3), "must be a mapping of names to arrays, .* got Dense"),
+        ({"model": nn.Dense(3)}, r'state_dict\["model"\] must be an array, got Dense'),
+        ({"ema": {}, "best": {}}, "holds the mappings 'ema', 'best'; pass the one"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            import_torch(SMALL, given)
 
 
 def test_without_the_weight_that_tells_the_channels():

@@ -228,9 +228,34 @@ def test_checkpoints_that_are_all_damaged(tmp_path):
     checkpoints.close()
     for step in (1, 2):
         flip(largest(tmp_path / "checkpoints" / str(step) / "state"))
-    with pytest.raises(UserError, match='checkpoints/2" cannot be read: its arrays are not what'):
+    message = (
+        '^the checkpoint ".*checkpoints/2" cannot be read: its arrays are not what was written; '
+        'the checkpoint ".*checkpoints/1" cannot be read: its arrays are not what was written; '
+        "put a copy of a checkpoint back, or begin a new run with another --run-dir.$"
+    )
+    with pytest.raises(UserError, match=message):
         Checkpoints(tmp_path, keep=2).restore(shapes_of(state_like(0)))
     assert (tmp_path / "checkpoints" / "2").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_the_only_checkpoint_is_damaged(damage, tmp_path, capfd):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(1, state_like(1), {"rows": [1]})
+    checkpoints.close()
+    folder = tmp_path / "checkpoints" / "1"
+    DAMAGES[damage](folder)
+    with pytest.raises(UserError) as refused:
+        Checkpoints(tmp_path, keep=1).restore(shapes_of(state_like(0)))
+    said = str(refused.value)
+    assert said.startswith(f'the checkpoint "{folder}" cannot be read: ')
+    assert said.endswith(
+        "; put a copy of a checkpoint back, or begin a new run with another --run-dir."
+    )
+    assert len(said) < 3 * len(str(folder)) + 250 and "\n" not in said
+    assert "tensorstore_spec" not in said.lower() and "{" not in said
+    assert capfd.readouterr().err == ""
 
 
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path):
@@ -505,7 +530,7 @@ def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, sigterm_at):
 @pytest.mark.parametrize(
     "recipe,expected",
     [
-        (Recipe(epochs=4, learning_rate=1.0), {0: 0.0, 5: 0.5, 10: 1.0, 25: 0.5, 40: 0.0}),
+        (Recipe(epochs=4, learning_rate=1.0), {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 25: 0.5, 40: 0.0}),
         (RECIPES["imagenet"], {0: 0.5, 1200: 0.25, 2400: 0.0}),
         (RECIPES["mobilenet"], {9: 0.045, 10: 0.045 * 0.98, 2999: 0.045 * 0.98**299}),
     ],
@@ -513,6 +538,18 @@ def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, sigterm_at):
 def test_schedules(recipe, expected):
     rate = learning_rate(recipe, steps_per_epoch=10)
     assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "exponential"])
+@pytest.mark.parametrize("warmup_epochs", [0.0, 0.1, 0.5, 1.0, 9.0])
+def test_every_step_moves_and_the_peak_is_reached(schedule, warmup_epochs):
+    recipe = Recipe(2, learning_rate=0.3, schedule=schedule, warmup_epochs=warmup_epochs)
+    rates = np.asarray(jax.vmap(learning_rate(recipe, steps_per_epoch=10))(jnp.arange(20)))
+    assert (rates > 0).all() and rates.max() == pytest.approx(0.3)
+    warmup = min(int(10 * warmup_epochs), 19)
+    rising = 0.3 * np.arange(1, warmup + 1) / max(warmup, 1)
+    np.testing.assert_allclose(rates[:warmup], rising, rtol=1e-5)
+    assert rates[warmup] == pytest.approx(0.3) and (np.diff(rates[warmup:]) <= 0).all()
 
 
 def test_sgd_by_hand():

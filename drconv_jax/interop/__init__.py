@@ -7,6 +7,7 @@ renaming and transposing, so gradients import the same way as weights.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from drconv_jax.interop.drconv import entries_of_drconv
-from drconv_jax.interop.entries import Entry, check_names
+from drconv_jax.interop.entries import Entry, arrays_of, check_names, prefix_of
 from drconv_jax.interop.networks import NETWORKS, entries_of_network
 from drconv_jax.linen import DRConv
 
@@ -41,23 +42,33 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
 
     Args:
       module: the Flax module that the weights are for.
-      state_dict: PyTorch names to arrays (anything that `np.asarray` takes).
+      state_dict: PyTorch names to floating-point arrays of any width (tensors, or anything that
+        `np.asarray` takes). A checkpoint that holds a state dict as its entry "state_dict", "model"
+        or the like will do, and so will one whose names all begin with a prefix, as "module." of
+        DistributedDataParallel and "_orig_mod." of torch.compile; a warning says what was left out.
 
     Returns:
-      Variables as `module.init` lays them out.
+      Variables as `module.init` lays them out, in the dtypes that it gives them.
 
     Raises:
-      TypeError: no table is known for this kind of module.
-      ValueError: entries are missing, unexpected or misshapen; the message lists all of them.
+      TypeError: no table is known for this kind of module, or `state_dict` is none.
+      ValueError: entries are missing, unexpected, misshapen or not floating-point; the message
+        lists all of them.
     """
     table = next((t for kind, t in _TABLES.items() if isinstance(module, kind)), None)
     if table is None:
         known = ", ".join(kind.__name__ for kind in _TABLES)
         raise TypeError(f"module must be one of {known}, got {type(module).__name__}.")
-    arrays = {name: np.asarray(value) for name, value in state_dict.items()}
+    arrays = arrays_of(state_dict)
     entries = table(module, arrays)
+    if prefix := prefix_of(arrays, entries):
+        warnings.warn(f'All names begin with "{prefix}", which is left out.', stacklevel=2)
+        arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
+        entries = table(module, arrays)
     check_names(entries, arrays)
-    flat = {entry.path: jnp.asarray(entry.convert(arrays[entry.name])) for entry in entries}
+    flat = {
+        entry.path: jnp.asarray(entry.convert(arrays[entry.name]), entry.dtype) for entry in entries
+    }
     return unflatten_dict(flat)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
@@ -24,7 +25,8 @@ def entries_of_drconv(layer: DRConv, arrays: Mapping[str, np.ndarray]) -> list[E
             f'"{layer.filter_generator}".'
         )
     hyper = Hyperparameters.of(layer)
-    return _TABLES_OF_DRCONV[layer.filter_generator](hyper, arrays)
+    entries = _TABLES_OF_DRCONV[layer.filter_generator](hyper, arrays)
+    return [dataclasses.replace(entry, dtype=hyper.param_dtype) for entry in entries]
 
 
 def _drconv_pooled(hyper: Hyperparameters, arrays: Mapping[str, np.ndarray]) -> list[Entry]:

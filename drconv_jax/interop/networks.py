@@ -6,6 +6,7 @@ What arrays a layer has, and in which shapes, follows from the Flax network.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -68,7 +69,10 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
             f"{', '.join(strangers[:3])}. Import them into the plain network, then start yours "
             "with drconv_jax.weights."
         )
-    return [_entry(path, prefixes[path[1:-1]], leaf.shape) for path, leaf in variables.items()]
+    return [
+        dataclasses.replace(_entry(path, prefixes[path[1:-1]], leaf.shape), dtype=leaf.dtype)
+        for path, leaf in variables.items()
+    ]
 
 
 def _entry(path: tuple[str, ...], prefix: str, shape: tuple[int, ...]) -> Entry:

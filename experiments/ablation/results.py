@@ -5,10 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+import re
 from typing import Any
 
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import write_text
+
+# Of --data, those whose name is a path; that of hf: says which data set it is.
+_BY_PATH = re.compile(r"^(folder:|arrayrecord:|idx:).*", re.DOTALL)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,11 @@ class Run:
     seed: int
     command: list[str]
     report: dict[str, Any] | None = None
+
+    @property
+    def options(self) -> list[str]:
+        """The command without the path of the data, which may lie elsewhere on another machine."""
+        return [_BY_PATH.sub(r"\1", argument) for argument in self.command]
 
 
 class Results:
@@ -60,7 +69,7 @@ class Results:
         """
         for known in self.runs:
             if (known.case, known.seed) == (run.case, run.seed):
-                if known.command != run.command:
+                if known.options != run.options:
                     raise UserError(
                         f'--out: "{self._path}" has {run.case} with seed {run.seed} done by other '
                         f"options, {' '.join(known.command)}; name another folder."

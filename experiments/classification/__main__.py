@@ -88,7 +88,8 @@ class Pods:
     topology: tuple[str, ...] = ("v5e:16x16",)
     """TPU slices, as v5e:16x16 or v5p:8x8x16."""
     chip_batch: int | None = None
-    """Images on each chip in the dry run; default: the recipe's batch over the chips."""
+    """Images on each chip in the dry run; default: the recipe's batch over the chips, or the next
+    larger one that divides among them."""
     classes: int = 1000
     """Classes in the dry run, which reads no data."""
 
@@ -199,9 +200,16 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh, loading: Loading = Lo
         "skipped": skipped,
         "left_out": dataset.left_out,
     }
-    if config.model.has_guide:
-        _draw_guide_masks(model, variables, dataset, config, run_dir)
     write_text(run_dir / "report.json", json.dumps(report, indent=2) + "\n")
+    if config.model.has_guide:
+        try:
+            _draw_guide_masks(model, variables, dataset, config, run_dir)
+        except Exception as error:  # a picture is not worth a run's end
+            reason = " ".join(str(error).split())[:200]
+            print(
+                f"warning: guide_masks.png is not drawn: {type(error).__name__}: {reason}",
+                file=sys.stderr,
+            )
     print(
         f"test accuracy {metrics['test_accuracy']:.4f} after {metrics['epoch']} epochs, "
         f"{report['parameters']:,} parameters, {len(skipped)} images skipped; "
@@ -226,6 +234,13 @@ def _dry_run(arguments: Arguments) -> None:
             )
         )
         print(f"compiled for {topology} in {reports[-1].seconds:.0f} s", file=sys.stderr)
+        batch = reports[-1].images * reports[-1].chips
+        if pods.chip_batch is None and batch != config.train.batch_size:
+            print(
+                f"the batch of {config.train.batch_size} does not divide among the "
+                f"{reports[-1].chips} chips of {topology}: this is for one of {batch}, "
+                f"{reports[-1].images} on each; choose with --chip-batch or --train.batch-size"
+            )
     console = Console(width=max(100, Console().width), highlight=False)
     console.print(dry_run.table(reports))
     print(f"Collectives of {dry_run.LARGE:,} bytes and more on {reports[-1].topology}:")

@@ -5,17 +5,32 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
 from drconv_jax import DRConv
-from drconv_jax.models import BlockGuide, ShuffleNetV2, create_model
+from drconv_jax.models import (
+    BlockGuide,
+    MobileFaceNet,
+    MobileNetV1,
+    MobileNetV2,
+    ShuffleNetV2,
+    create_model,
+)
 from experiments.classification.guides import Guide, Guided
 from experiments.runtime.errors import UserError
 
 _SMALL = "small"
+# How many numbers an option takes.
+_COUNTS: Mapping[type[nn.Module], Mapping[str, int]] = {
+    ShuffleNetV2: {"channels": 5, "blocks": 3, "stem_strides": 2},
+    MobileNetV1: {"stem_strides": 1},
+    MobileNetV2: {"stem_strides": 1},
+    MobileFaceNet: {"blocks": 4},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,12 +82,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name, within, allowed in (
             ("width", self.width is None or 0 < self.width < math.inf, "positive and finite"),
-            ("blocks", self.blocks is None or min(self.blocks) >= 1, "at least 1 each"),
-            (
-                "stem_strides",
-                self.stem_strides is None or min(self.stem_strides) >= 1,
-                "at least 1 each",
-            ),
+            ("channels", min(self.channels or (1,)) >= 1, "at least 1 each"),
+            ("blocks", min(self.blocks or (1,)) >= 1, "at least 1 each"),
+            ("stem_strides", min(self.stem_strides or (1,)) >= 1, "at least 1 each"),
             ("regions", self.regions >= 1, "at least 1"),
             ("experts", self.experts >= 1, "at least 1"),
             ("guide_pool", self.guide_pool >= 1, "at least 1"),
@@ -138,6 +150,7 @@ class ModelConfig:
         if "shufflenet" not in self.name and len(self.stem_strides or ()) == 1:
             (fields["stem_strides"],) = self.stem_strides or ()
         try:
+            self._check_counts()
             if self.name == _SMALL:
                 small = {"width": 0.5, "blocks": (2, 2, 2), "stem_strides": (1, 2)}
                 return ShuffleNetV2(**{**small, **fields})
@@ -149,3 +162,15 @@ class ModelConfig:
             raise UserError(
                 f'--model.{option}: the network "{self.name}" has no such option; leave it out.'
             ) from None
+
+    def _check_counts(self) -> None:
+        """Refuses an option of too many or too few numbers."""
+        network = ShuffleNetV2 if self.name == _SMALL else type(create_model(self.name))
+        for name, count in _COUNTS[network].items():
+            value = getattr(self, name)
+            if value is not None and len(value) != count:
+                numbers = "one number" if count == 1 else f"{count} numbers"
+                raise UserError(
+                    f"--model.{name.replace('_', '-')} must be {numbers} in the network "
+                    f'"{self.name}", got {" ".join(map(str, value)) or "none"}.'
+                )

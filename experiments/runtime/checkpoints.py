@@ -11,6 +11,7 @@ import logging
 import math
 import os
 import pathlib
+import re
 import shutil
 import sys
 import zlib
@@ -138,19 +139,26 @@ class Checkpoints:
         Raises:
           UserError: none can be read, being damaged or of another model.
         """
-        unreadable: dict[int, str] = {}
+        unreadable: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
                 read = self._read(step, like)
             except Exception as error:  # damage shows in many ways
-                unreadable[step] = " ".join(str(error).split())[:300] or type(error).__name__
+                unreadable[step] = error
             else:
-                for damaged, reason in unreadable.items():
-                    self._put_aside(damaged, reason)
+                for damaged, why in unreadable.items():
+                    self._put_aside(damaged, _reason(why))
                 return read
         if unreadable:
-            step, reason = next(iter(unreadable.items()))
-            raise UserError(f'the checkpoint "{self._folder / str(step)}" cannot be read: {reason}')
+            sentences = [
+                f'the checkpoint "{self._folder / str(step)}" cannot be read: {_reason(why)}'
+                for step, why in unreadable.items()
+            ]
+            if not any(isinstance(why, _OfAnotherModelError) for why in unreadable.values()):
+                sentences.append(
+                    "put a copy of a checkpoint back, or begin a new run with another --run-dir"
+                )
+            raise UserError("; ".join(sentences) + ".")
         return None
 
     def close(self) -> None:
@@ -163,12 +171,11 @@ class Checkpoints:
         folder = self._folder / str(step)
         saved = ocp.StandardCheckpointHandler().metadata(folder / "state")
         if difference := _difference(like, saved.tree):
-            raise ValueError(
+            raise _OfAnotherModelError(
                 f"it is of another model: {difference}; resume with the options and the version "
-                "that the run was started with."
+                "that the run was started with"
             )
-        # Where one array cannot be read, orbax's reads of the others complain on stderr.
-        with contextlib.redirect_stderr(io.StringIO()):
+        with _quiet():
             read = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
@@ -177,10 +184,10 @@ class Checkpoints:
             )
         about = read.about["json"]
         if zlib.crc32(about.encode()) != read.about["crc32"]:
-            raise ValueError("its record is not what was written")
+            raise _UnfitError("its record is not what was written")
         about = json.loads(about)
         if about["bits"] != _bits(read.state):
-            raise ValueError("its arrays are not what was written")
+            raise _UnfitError("its arrays are not what was written")
         self._kept.scores = {int(step): score for step, score in about["scores"].items()}
         return read.state, about["record"]
 
@@ -212,6 +219,41 @@ class Checkpoints:
                 f'the disk is full: no checkpoint can be written to "{self._folder}"; {rest}. '
                 f"Free some space and continue with --resume {self._folder.parent}"
             ) from None
+
+
+class _UnfitError(ValueError):
+    """A checkpoint that can be read, but must not be used."""
+
+
+class _OfAnotherModelError(_UnfitError):
+    """One whose arrays are not those that are asked for."""
+
+
+def _reason(error: Exception) -> str:
+    """Why a checkpoint cannot be used, in a few words; orbax and TensorStore say it in pages."""
+    if isinstance(error, _UnfitError):
+        return str(error)
+    causes: list[BaseException] = [error]
+    while cause := causes[-1].__cause__:
+        causes.append(cause)
+    text = " ".join(" ".join(map(str, causes)).split())
+    if named := re.findall(r'local file "([^"]*[^"/])"|File (\S*) not found', text):
+        return f'"{"".join(named[-1])}" is damaged or missing'
+    what = re.split(r"[:;(<{]", text)[0].strip() or type(error).__name__
+    return f"a file in it is damaged or missing ({what[:100]})"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Where one array cannot be read, orbax's reads of the others would complain on stderr."""
+    logger = logging.getLogger("asyncio")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
 
 
 def _bits(state: Any) -> Mapping[str, int]:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from experiments.runtime import tpu
 from experiments.runtime.errors import UserError
-from experiments.runtime.mesh import check_batch, make_mesh
+from experiments.runtime.mesh import make_mesh
 from experiments.runtime.recipes import Recipe
 from experiments.runtime.training import batch_shapes, program
 
@@ -91,25 +91,24 @@ def compile_step(
       recipe: how to train.
       topology: as "v5e:16x16" or "v5p:8x8x16".
       image_size: pixels a side.
-      chip_batch: images on a chip; None for the recipe's batch over the chips.
+      chip_batch: images on a chip; None for the recipe's batch, or the next larger that divides.
       fsdp: chips that hold one copy of the parameters among them.
 
     Raises:
-      UserError: there is no compiler or no such topology, the batch does not divide, or the
+      UserError: there is no compiler or no such topology, a chip's batch does not divide, or the
         program does not fit the chips' memory.
     """
     if not tpu.compiler_is_installed():
         raise UserError(
-            "--dry-run needs the TPU compiler; install it with pip install 'drconv_jax[tpu]'."
+            "--dry-run needs libtpu, the TPU compiler; install it with pip install '.[tpu]' in the "
+            "folder of this repository."
         )
     try:
         devices = tpu.devices(topology)
     except Exception as error:  # libtpu has no type of its own for it
         raise UserError(f'--topology: "{topology}" is none: {_first_line(error)}') from None
     mesh = make_mesh(fsdp, devices)
-    if chip_batch is not None:
-        recipe = dataclasses.replace(recipe, batch_size=chip_batch * mesh.size)
-    check_batch(recipe.batch_size, mesh, recipe.accumulate)
+    recipe = dataclasses.replace(recipe, batch_size=batch_of(recipe, mesh.size, chip_batch))
     # The number of steps is a constant of the schedule; it makes no difference to the rest.
     built = program(model, recipe, mesh, image_size=image_size, steps_per_epoch=1000, flips=True)
     batch = batch_shapes(recipe.batch_size, image_size, mesh)
@@ -131,7 +130,7 @@ def compile_step(
     except jax.errors.JaxRuntimeError as error:
         raise UserError(
             f"--dry-run: jaxlib {version('jaxlib')} cannot read what libtpu {version('libtpu')} "
-            "compiled; install the libtpu that goes with it, pip install 'drconv_jax[tpu]': "
+            "compiled; install the libtpu that goes with it, pip install '.[tpu]': "
             f"{_first_line(error)}"
         ) from None
     cost = compiled.cost_analysis()
@@ -147,6 +146,28 @@ def compile_step(
         collectives=collectives(text),
         seconds=seconds,
     )
+
+
+def batch_of(recipe: Recipe, chips: int, chip_batch: int | None) -> int:
+    """Images in a step: the recipe's, or the next larger batch that divides among the chips.
+
+    Args:
+      recipe: how to train.
+      chips: how many there are.
+      chip_batch: images on a chip, whatever the recipe's batch; None leaves it to the recipe.
+
+    Raises:
+      UserError: a chip's batch does not divide into the parts that it is computed in.
+    """
+    parts = recipe.accumulate
+    if chip_batch is None:
+        return -(-recipe.batch_size // (chips * parts)) * chips * parts
+    if chip_batch % parts:
+        raise UserError(
+            f"--chip-batch must be a multiple of --train.accumulate, which is {parts}, got "
+            f"{chip_batch}."
+        )
+    return chip_batch * chips
 
 
 def arithmetic(jaxpr: core.Jaxpr) -> float:

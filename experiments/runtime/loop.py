@@ -175,7 +175,7 @@ class _Run:
         self.saved, self.mark = time.monotonic(), time.perf_counter()
         lead = meshes.leads()
         self.metrics = Metrics(run_dir, self.record.rows, self.step) if lead else None
-        self.progress = _progress(Console(quiet=not lead))
+        self.progress = _progress(Console(quiet=not lead, markup=False, emoji=False))
         self.task = self.progress.add_task(
             "", total=recipe.epochs * steps_per_epoch, completed=self.step, shown=""
         )

@@ -30,7 +30,7 @@ class Recipe:
     decay_rate: float = 0.98
     """What the exponential schedule multiplies the rate by after every epoch."""
     warmup_epochs: float = 1.0
-    """Length of the warm-up."""
+    """Length of the warm-up: its n steps have the rates 1/n, 2/n, ... n/n of the peak."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
@@ -101,7 +101,7 @@ RECIPES: Mapping[str, Recipe] = {
 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
-    """The learning rate as a function of the step."""
+    """The learning rate as a function of the number of steps before; no step has rate zero."""
     total = recipe.epochs * steps_per_epoch
     warmup = min(int(recipe.warmup_epochs * steps_per_epoch), total - 1)
     peak, rest = recipe.learning_rate, total - warmup
@@ -114,7 +114,8 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
     }[recipe.schedule]
     if not warmup:
         return falling
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), falling], [warmup])
+    rising = optax.linear_schedule(peak / warmup, peak, warmup - 1)
+    return optax.join_schedules([rising, falling], [warmup])
 
 
 def optimizer(recipe: Recipe, steps_per_epoch: int) -> optax.GradientTransformation:

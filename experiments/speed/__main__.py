@@ -2,8 +2,8 @@
 
 Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sweep over shapes, m,
 kernel sizes, dtypes and batches; `--suite gpu` has batches for an accelerator. PyTorch takes part
-where it is installed (pip install 'drconv_jax[compare]'), and bytes on a TPU are counted where its
-compiler is (pip install 'drconv_jax[tpu]'); beside it JAX_PLATFORMS=cpu keeps JAX from looking for
+where it is installed (pip install '.[compare]'), and bytes on a TPU are counted where its
+compiler is (pip install '.[tpu]'); beside it JAX_PLATFORMS=cpu keeps JAX from looking for
 a TPU. The run's folder gets results.json and results.md, renewed after every case, and plots.
 """
 
@@ -74,9 +74,9 @@ def run(arguments: Arguments) -> None:
     chosen = cases.suite(arguments.suite, arguments.select)
     run_dir = _new_folder(arguments)
     run_dir.mkdir(parents=True, exist_ok=True)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
-        console = Console(width=160)  # a file has room for whole rows
+        console.width = 160  # a file has room for whole rows
     console.print(f"{len(chosen)} cases; run folder {run_dir}", highlight=False)
     start = time.time()
     about = {
@@ -86,8 +86,8 @@ def run(arguments: Arguments) -> None:
     }
     for measured in _measure(arguments, chosen, console):
         report.write(run_dir, measured, about | {"seconds": time.time() - start})
-    plots.write(run_dir, measured.results)
     report.show(console, measured)
+    plots.write(run_dir, measured.results)
     console.print(f"{time.time() - start:.0f} s; see {run_dir}", highlight=False)
 
 
@@ -99,7 +99,10 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
     peak: dict[cases.DType, float] = {}
     notes: list[str] = []
     if not contenders.torch_takes_part():
-        notes.append("PyTorch is not installed, or not for this device: it takes no part.")
+        notes.append(
+            "PyTorch is not installed (pip install '.[compare]'), or not for this device: it takes "
+            "no part."
+        )
     on_tpu: list[tpu.Bytes] = []
 
     def so_far(done: int) -> Measured:
@@ -150,7 +153,8 @@ def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> l
 def _count_bytes(case: Case, notes: list[str]) -> list[tpu.Bytes]:
     """By every implementation for TPUs, the best first; what fails is noted."""
     if not compiler_is_installed():
-        if (note := "libtpu is not installed: no bytes for TPU.") not in notes:
+        note = "libtpu is not installed (pip install '.[tpu]'): no bytes for TPU."
+        if note not in notes:
             notes.append(note)
         return []
     outcomes = [tpu.measure(case, name) for name in tpu.implementations()]
