@@ -276,7 +276,7 @@ def _draw_bank(
     count: int,
     kernel_init: Initializer,
     param_dtype: DTypeLike,
-) -> tuple[Any, Float[Array, "count *shape"]]:
+) -> tuple[Any, Float[Array, "count *kernel in_per_group features"]]:
     """Filters whose sum, divided by sqrt(count), is one draw of `kernel_init`.
 
     They differ from one another as independent draws do. Stacked as they come, such draws would

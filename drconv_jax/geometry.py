@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Shaped
 
 from drconv_jax.dtypes import accumulator
 
-Padding = str | int | Sequence[int | tuple[int, int]]
+Padding = str | int | Sequence[int | Sequence[int]]
 
 _WRAPPING_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 _PADDING_NAMES = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
@@ -139,8 +139,9 @@ def window_of(
             (low - (m - o), high) for (low, high), m, o in zip(pairs, main, own, strict=True)
         )
     else:
+        odd = padding == "SAME_LOWER"  # which puts the odd position of its padding before the input
         pairs = tuple(
-            (low - (m - o) // 2, high - (m - o - (m - o) // 2))
+            (low - (m - o + odd) // 2, high - (m - o - (m - o + odd) // 2))
             for (low, high), m, o in zip(pairs, main, own, strict=True)
         )
     if isinstance(padding, str) and padding in _WRAPPING_MODES:

@@ -56,10 +56,9 @@ class DRConv(nn.Module):
       param_dtype: of the parameters.
       precision: of the products, see `jax.lax.Precision`.
       kernel_init: of the filters, as in `nn.Conv`: the filter that a new layer generates for an
-        input of zeros is one draw of it, and for other inputs nearly so. The parameters that filters
-        are mixed of are scaled to make it so. Where it names axes, as `nn.with_partitioning` does,
-        those parameters have these names for their last axes and none for those that they have
-        more.
+        input of zeros is one draw of it, and for other inputs nearly so; the parameters that
+        filters are mixed of are made to suit. Where it names axes, as `nn.with_partitioning` does,
+        those parameters have the names on their last axes and none on those that they have more.
       bias_init: initial bias.
       promote_dtype: brings input and parameters to one dtype, as in `nn.Conv`.
       mask, conv_general_dilated, conv_general_dilated_cls: have no meaning here; the error that

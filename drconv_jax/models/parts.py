@@ -233,7 +233,8 @@ def check_network(x: Any, width: Any, num_classes: Any) -> None:
     if x.ndim != 4 or 0 in x.shape[1:]:
         hint = "; for a single image, give x[None]" if x.ndim == 3 else ""
         raise ValueError(
-            f"x must be images of shape (batch, height, width, channels), got shape {x.shape}{hint}."
+            f"x must be images of shape (batch, height, width, channels), got shape "
+            f"{x.shape}{hint}."
         )
     if isinstance(width, bool) or not isinstance(width, numbers.Real):
         raise TypeError(f"width must be a number, got {width!r}.")

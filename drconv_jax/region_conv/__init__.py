@@ -91,9 +91,7 @@ def region_conv(
     groups, (in_per_group, features) = feature_group_count, filters.shape[-2:]
     check_count("feature_group_count", groups)
     if features % groups:
-        raise ValueError(
-            f"feature_group_count must divide features={features}, got {groups}."
-        )
+        raise ValueError(f"feature_group_count must divide features={features}, got {groups}.")
     if in_per_group * groups != x.shape[-1]:
         raise ValueError(
             f"filters of shape {filters.shape} read {in_per_group} channels in each of {groups} "
