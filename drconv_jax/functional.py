@@ -93,7 +93,7 @@ class Hyperparameters:
     @property
     def kernel(self) -> tuple[int, ...]:
         """The kernel's size; as in `flax.linen.Conv`, an integer is a 1-dimensional kernel."""
-        rank = len(self.kernel_size) if np.iterable(self.kernel_size) else 1  # type: ignore[arg-type]
+        rank = len(self.kernel_size) if np.iterable(self.kernel_size) else 1
         return canonical_tuple("kernel_size", self.kernel_size, rank)
 
     @property

@@ -75,7 +75,7 @@ def canonical_tuple(name: str, value: int | Sequence[int] | None, rank: int) -> 
     if value is None:
         value = 1
     try:
-        entries = list(value) if np.iterable(value) else [value] * rank  # type: ignore[arg-type]
+        entries = list(value) if np.iterable(value) else [value] * rank
         result = tuple(_integer(entry) for entry in entries)
     except TypeError:
         raise TypeError(
@@ -173,7 +173,7 @@ def _padding_pairs(
             f"(low, high) pair per spatial dimension, got {padding!r}."
         )
     try:
-        entries: list[Any] = list(padding) if np.iterable(padding) else [padding] * rank  # type: ignore[arg-type]
+        entries: list[Any] = list(padding) if np.iterable(padding) else [padding] * rank
         pairs = tuple(
             tuple(_integer(side) for side in (e if np.iterable(e) else (e, e))) for e in entries
         )

@@ -147,10 +147,10 @@ class DRConv(nnx.Module):
                 f"the input must have in_features={self.in_features} channels, got shape "
                 f"{inputs.shape}."
             )
-        if guide is None and self.guide is None:
-            raise ValueError("guide must be given: this layer was made with own_guide=False.")
         params: dict[str, Any] = {"filters": _values(self.filters)}
         if guide is None:
+            if self.guide is None:
+                raise ValueError("guide must be given: this layer was made with own_guide=False.")
             params["guide"] = _values(self.guide)
         if self.bias is not None:
             params["bias"] = self.bias[...]

@@ -238,8 +238,10 @@ def check_network(x: Any, width: Any, num_classes: Any) -> None:
         )
     if isinstance(width, bool) or not isinstance(width, numbers.Real):
         raise TypeError(f"width must be a number, got {width!r}.")
-    if not 0 < width < math.inf:
-        raise ValueError(f"width must be positive{' and finite' * (width > 0)}, got {width}.")
+    if not 0 < float(width) < math.inf:
+        raise ValueError(
+            f"width must be positive{' and finite' * (width == math.inf)}, got {width}."
+        )
     if num_classes is not None:
         check_count("num_classes", num_classes)
 
