@@ -1,3 +1,4 @@
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -351,18 +352,17 @@ def test_fewer_names_than_a_kernel_has_axes():
 )
 def test_nnx_names_of_a_kernels_axes_are_those_of_the_banks(generator, way):
     mesh = jax.make_mesh((2, 2, 2), ("taps", "in", "out"), axis_types=(AxisType.Auto,) * 3)
-    names, bias = (None, None, "in", "out"), {"bias_metadata": {"out_sharding": ("out",)}}
+    names, bias = (None, None, "in", "out"), ("out",)
     if way == "init":
         kernel = {"kernel_init": nnx.with_partitioning(nnx.initializers.lecun_normal(), names)}
     elif way == "metadata":
         kernel = {"kernel_metadata": {"out_sharding": names, "decay": False}}
-    else:
-        sharding = NamedSharding(mesh, PartitionSpec(*names))
-        kernel = {"kernel_metadata": {"out_sharding": sharding}}
-    with jax.set_mesh(mesh):
-        layer = drconv_jax.nnx.DRConv(
-            4, 6, filter_generator=generator, **kernel, **bias, rngs=nnx.Rngs(0)
-        )
+    else:  # shardings that name the mesh themselves
+        names, bias = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (names, bias))
+        kernel = {"kernel_metadata": {"out_sharding": names}}
+    kernel["bias_metadata"] = {"out_sharding": bias}
+    with contextlib.nullcontext() if way == "mesh" else jax.set_mesh(mesh):
+        layer = drconv_jax.nnx.DRConv(4, 6, filter_generator=generator, **kernel, rngs=nnx.Rngs(0))
     for name, expected in NAMES[generator].items():
         spec = PartitionSpec(*(axis if axis != "taps" else None for axis in expected))
         variable = layer.filters[name]
