@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.geometry import Window, tap_views
+from drconv_jax.geometry import Window, cut, dilate, tap_views
 
 
 def conv_general_dilated(
@@ -33,7 +33,8 @@ def conv_general_dilated(
 
     On a CPU, a depthwise convolution (as many groups as channels and features) without input
     dilation is a sum of shifted products, taken in float32 or wider; anything else, and every
-    other platform, is left to XLA.
+    other platform, is left to XLA. What negative padding cuts off is cut off beforehand, as XLA's
+    CPU backend reads beyond its input otherwise.
 
     Example::
 
@@ -56,6 +57,9 @@ def conv_general_dilated(
     Returns:
       The output, in the dtype of `lhs`.
     """
+    if not isinstance(padding, str) and any(side < 0 for pair in padding for side in pair):
+        lhs, padding = cut(dilate(lhs, lhs_dilation), padding)
+        lhs_dilation = None
 
     def by_xla(lhs: Array, rhs: Array) -> Array:
         return jax.lax.conv_general_dilated(

@@ -19,6 +19,8 @@ from jaxtyping import Array, Float, Shaped
 from drconv_jax.dtypes import accumulator
 
 Padding = str | int | Sequence[int | Sequence[int]]
+Length = Any
+"""An integer or, in a program that is exported for inputs of any size, a symbol."""
 
 _WRAPPING_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
 _PADDING_NAMES = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
@@ -31,7 +33,7 @@ class Window:
     Attributes:
       kernel_size: taps of the kernel.
       strides: steps between windows, in positions of the input.
-      padding: zeros before and after the input; negative values cut positions off.
+      padding: zeros before and after the input.
       dilation: steps between taps, in positions of the input.
     """
 
@@ -45,10 +47,10 @@ class Window:
         """Positions of the input that a window spans, gaps included."""
         return tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
 
-    def output_shape(self, spatial: Sequence[int]) -> tuple[int, ...]:
+    def output_shape(self, spatial: Sequence[Length]) -> tuple[Length, ...]:
         """The output's spatial shape for an input's spatial shape."""
         return tuple(
-            max(0, (n + low + high - extent) // stride + 1)
+            jax.core.max_dim((n + low + high - extent) // stride + 1, 0)
             for n, (low, high), extent, stride in zip(
                 spatial, self.padding, self.extent, self.strides, strict=True
             )
@@ -112,7 +114,8 @@ def window_of(
         where that convolution's is ("CAUSAL": ends where it ends). The output shapes are equal.
 
     Returns:
-      The input and the window to use on it.
+      The input and the window to use on it. What negative padding cuts off is cut off here, so
+      that the window's padding never is negative.
 
     Raises:
       TypeError, ValueError: an argument is malformed; the message names it and its value.
@@ -147,15 +150,66 @@ def window_of(
     if isinstance(padding, str) and padding in _WRAPPING_MODES:
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_WRAPPING_MODES[padding])
         pairs = ((0, 0),) * rank
-    if any(d > 1 for d in input_dilation):
-        interior = [(0, 0, 0), *((0, 0, d - 1) for d in input_dilation), (0, 0, 0)]
-        x = jax.lax.pad(x, jnp.zeros((), x.dtype), interior)
+    x = dilate(x, input_dilation)
+    if all(isinstance(side, int) for pair in pairs for side in pair):
+        x, pairs = cut(x, pairs)
+    else:
+        reach = [max(m, o) for m, o in zip(main, own, strict=True)]
+        x, pairs = _padded_by_symbols(x, pairs, reach), ((0, 0),) * rank
     return x, Window(kernel_size, strides, pairs, dilation)
 
 
+def dilate(
+    x: Shaped[Array, "batch *spatial in"], dilation: Sequence[int] | None
+) -> Shaped[Array, "batch *dilated in"]:
+    """Puts d - 1 zeros between the positions of every spatial dimension."""
+    if dilation is None or all(d == 1 for d in dilation):
+        return x
+    interior = [(0, 0, 0), *((0, 0, d - 1) for d in dilation), (0, 0, 0)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), interior)
+
+
+def _padded_by_symbols(x: Array, padding: Any, reach: Sequence[int]) -> Array:
+    """Pads by lengths, no larger than `reach`, that an exported program learns from its input.
+
+    Neither their value nor their sign is known, as of "SAME" with strides.
+    """
+    ends = [(0, 0, 0), *((r, r, 0) for r in reach), (0, 0, 0)]
+    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), ends)
+    for axis, ((low, high), r) in enumerate(zip(padding, reach, strict=True), start=1):
+        padded = jax.lax.slice_in_dim(padded, r - low, r + x.shape[axis] + high, axis=axis)
+    return padded
+
+
+def cut(
+    x: Shaped[Array, "batch *spatial in"], padding: Sequence[tuple[int, int]]
+) -> tuple[Shaped[Array, "batch *rest in"], tuple[tuple[int, int], ...]]:
+    """Cuts off the positions that negative padding takes away.
+
+    XLA's CPU backend reads beyond its input where a convolution has negative low padding
+    (openxla/xla#48713), and where its gradient then has.
+
+    Returns:
+      What is left of the input, and the padding that is left to do, none of it negative.
+    """
+    left = []
+    for axis, (low, high) in enumerate(padding, start=1):
+        if low >= 0 and high >= 0:
+            left.append((low, high))
+            continue
+        size = x.shape[axis]
+        start = min(max(-low, 0), size)
+        stop = max(size + min(high, 0), start)
+        zeros = max(size + low + high, 0) - (stop - start)
+        before = min(max(low, 0), zeros)
+        left.append((before, zeros - before))
+        x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
+    return x, tuple(left)
+
+
 def _padding_pairs(
-    padding: Padding, spatial: Sequence[int], extent: Sequence[int], strides: Sequence[int]
-) -> tuple[tuple[int, int], ...]:
+    padding: Padding, spatial: Sequence[Length], extent: Sequence[int], strides: Sequence[int]
+) -> tuple[tuple[Length, Length], ...]:
     rank = len(extent)
     if isinstance(padding, str):
         if padding in ("SAME", "SAME_LOWER", "VALID"):
@@ -209,17 +263,29 @@ def tap_views(
             jnp.zeros((), x.dtype),
             [(0, 0, 0), *((low, high, 0) for low, high in window.padding), (0, 0, 0)],
         )
-    strides = (1, *window.strides, 1)
     views = []
     for tap in np.ndindex(*window.kernel_size):
-        start = [offset * d for offset, d in zip(tap, window.dilation, strict=True)]
-        stop = [s + (n - 1) * t + 1 for s, n, t in zip(start, out, window.strides, strict=True)]
-        views.append(jax.lax.slice(x, (0, *start, 0), (x.shape[0], *stop, x.shape[-1]), strides))
+        view = x
+        for axis, count in enumerate(out, start=1):
+            start = tap[axis - 1] * window.dilation[axis - 1]
+            view = _every(view, start, window.strides[axis - 1], count, axis)
+        views.append(view)
     return views
 
 
+def _every(x: Array, start: int, stride: int, count: Length, axis: int) -> Array:
+    """Of an axis, `count` positions from `start` on, a stride apart."""
+    if isinstance(count, int) and count == 0:  # the window is larger than the input
+        return jax.lax.slice_in_dim(x, 0, 0, axis=axis)
+    try:
+        stop = start + (count - 1) * stride + 1
+        return jax.lax.slice_in_dim(x, start, stop, stride, axis)
+    except jax.errors.InconclusiveDimensionOperation:  # the length of the axis is a symbol
+        return jnp.take(x, start + stride * jnp.arange(count), axis=axis)
+
+
 def resize_nearest(
-    values: Shaped[Array, "batch *spatial channels"], spatial: Sequence[int]
+    values: Shaped[Array, "batch *spatial channels"], spatial: Sequence[Length]
 ) -> Shaped[Array, "batch *resized channels"]:
     """Nearest-neighbour resize with PyTorch's rule: position p reads floor(p * old / new).
 
@@ -229,7 +295,8 @@ def resize_nearest(
     for axis, new in enumerate(spatial, start=1):
         old = values.shape[axis]
         if new != old:
-            values = jnp.take(values, np.arange(new) * old // new, axis=axis)
+            source = _arange(new) * _number(old) // _number(new)
+            values = jnp.take(values, source, axis=axis)
     return values
 
 
@@ -246,10 +313,21 @@ def adaptive_average_pool(
     pooled = x
     for axis, count in enumerate(bins, start=1):
         size = x.shape[axis]
-        first = np.arange(count) * size // count
-        last = -(-(np.arange(count) + 1) * size // count)
-        positions = np.arange(size)
+        first = np.arange(count) * _number(size) // count
+        last = -(-(np.arange(count) + 1) * _number(size) // count)
+        positions = _arange(size)[None]
         inside = (first[:, None] <= positions) & (positions < last[:, None])
-        weights = jnp.asarray(inside / inside.sum(axis=1, keepdims=True), wide)
+        shares = inside.astype(wide) / inside.sum(axis=1, keepdims=True, dtype=wide)
+        weights = jnp.asarray(shares, wide)
         pooled = jnp.moveaxis(jnp.tensordot(pooled.astype(wide), weights, axes=(axis, 1)), -1, axis)
     return pooled.astype(x.dtype)
+
+
+def _number(length: Length) -> Any:
+    """A length to compute with, which in an exported program may be a symbol."""
+    return length if isinstance(length, int) else jnp.asarray(length)
+
+
+def _arange(length: Length) -> Any:
+    """The numbers below a length: constants, unless it is a symbol."""
+    return np.arange(length) if isinstance(length, int) else jnp.arange(length)

@@ -30,14 +30,14 @@ def region_index(guide_features: Float[Array, "*positions regions"]) -> Int[Arra
     return jnp.argmax(guide_features, axis=-1).astype(jnp.int32)
 
 
-@jax.custom_vjp
+@jax.custom_jvp
 def guide_mask(
     guide_features: Float[Array, "*positions regions"],
 ) -> Float[Array, "*positions regions"]:
     """The guide mask as one-hot vectors, differentiable through softmax (Eq. 3 and 6-8).
 
-    Forward, the one-hot of `region_index`. Backward, the mask is treated as the softmax of the
-    guide features over the last axis, computed in float32 or wider.
+    Its value is the one-hot of `region_index`; all of its derivatives are those of the softmax of
+    the guide features over the last axis, computed in float32 or wider.
 
     Args:
       guide_features: one logit per region at every position.
@@ -69,10 +69,13 @@ def softmax_vjp(
     return gradient.astype(guide_features.dtype)
 
 
-guide_mask.defvjp(
-    lambda guide_features: (guide_mask(guide_features), guide_features),
-    lambda guide_features, cotangent: (softmax_vjp(guide_features, cotangent),),
-)
+@guide_mask.defjvp
+def _derivative_of_mask(
+    primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Float[Array, "*positions regions"], Float[Array, "*positions regions"]]:
+    # The softmax's Jacobian is symmetric: forward and backward are one product, and JAX makes the
+    # gradient (Eq. 7-8) by transposing it.
+    return guide_mask(*primals), softmax_vjp(*primals, *tangents)
 
 
 def grid_features(height: int, width: int, regions: int) -> Float[Array, "height width regions"]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,9 +22,11 @@ from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Window, window_of
 from drconv_jax.guide import softmax_vjp
 from drconv_jax.region_conv import automatic, choose, cpu
-from drconv_jax.region_conv.automatic import unless_exported
+from drconv_jax.region_conv.automatic import unless_exported_or_partitioned
+from drconv_jax.region_conv.derivatives import with_gradient
 from drconv_jax.region_conv.fused import Statics, samplewise
-from drconv_jax.region_conv.sharding import along_batch, per_shard, varying, varying_like
+from drconv_jax.region_conv.select import select
+from drconv_jax.region_conv.sharding import along_batch, varying, varying_like
 
 
 class Factors(NamedTuple):
@@ -74,10 +76,10 @@ def mixed_region_conv(
     regions, in_per_group = guide_features.shape[-1], x.shape[-1] // feature_group_count
     filter_shape = (regions, *kernel_size, in_per_group, features)
     call = _Call(window, feature_group_count, filter_shape, precision, implementation)
-    args = (x, *factors, guide_features)
+    if 0 in guide_features.shape:
+        return jnp.zeros((*guide_features.shape[:-1], features), x.dtype)
     native = call.is_native and cpu.does(x.dtype)
-    convolve = functools.partial(_at_once, call) if native else call.in_turn
-    y: Array = along_batch(convolve)(*varying_like(args, *args))
+    y: Array = along_batch(call.at_once if native else call.in_turn)(x, *factors, guide_features)
     return y
 
 
@@ -107,8 +109,9 @@ class _Call:
 
         Where each serves many positions, they are small, and mixing them twice is not worth it.
         """
-        *positions, regions = guide_features.shape[1:]
-        return math.prod(positions) > 64 * regions
+        *spatial, regions = guide_features.shape[1:]
+        positions = math.prod(spatial)  # of an exported program, it may be a symbol
+        return not isinstance(positions, int) or positions > 64 * regions
 
     def in_turn(self, *args: Array) -> Array:
         """Mixes filters, then convolves; can be differentiated."""
@@ -117,12 +120,37 @@ class _Call:
         convolve = choose(self.implementation)
         return convolve(x, filters, guide, self.window, self.groups, self.precision)
 
-    def backward_in_turn(self, *args: Array) -> tuple[Array, ...]:
+    def at_once(self, *args: Array) -> Array:
+        """Mixes filters where they are used, on a CPU; can be differentiated."""
+        if self.keeps_filters(args[-1]):
+            return _derived(self._forward, self.in_turn)(*args)
+        return with_gradient(self._forward, self._gradient, self._definition)(*args)
+
+    def _forward(self, *args: Array) -> Array:
+        native = functools.partial(cpu.mixed_forward, self.statics, self.filter_shape[-1])
+        here = functools.partial(unless_exported_or_partitioned, native, self.in_turn)
+        y: Array = _by_platform(varying(here), self.in_turn, *args)
+        return y
+
+    def _gradient(self, *args: Array) -> tuple[Array, ...]:
+        native = functools.partial(cpu.mixed_backward, self.statics)
+        here = functools.partial(unless_exported_or_partitioned, native, self._backward_in_turn)
+        *gradients, scores = _by_platform(varying(here), self._backward_in_turn, *args)
+        *_, guide_features, _, _ = args
+        return *gradients, softmax_vjp(guide_features, scores)
+
+    def _definition(self, *args: Array) -> Array:
+        x, *factors, guide_features = args
+        filters = _mix(*factors, precision=self.precision)
+        filters = filters.reshape(filters.shape[0], *self.filter_shape)
+        return select(x, filters, guide_features, self.window, self.groups, self.precision)
+
+    def _backward_in_turn(self, *args: Array) -> tuple[Array, ...]:
         """dx, the gradients of the factors, and the scores (`fused.Kernel.backward`)."""
         x, weights, bank, bias, guide, y, dy = args
         filters, pull = jax.vjp(self._filters, weights, bank, bias)
         kernel = automatic if self.implementation is None else cpu
-        backward = samplewise(kernel.backward, self.statics, opaque=kernel is cpu)
+        backward = samplewise(kernel.backward, self.statics)
         dx, dfilters, scores = backward(x, filters, guide, y, dy)
         return dx, *pull(dfilters), scores
 
@@ -131,38 +159,11 @@ class _Call:
         return filters.reshape(filters.shape[0], *self.filter_shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _at_once(call: _Call, *args: Array) -> Array:
-    native = functools.partial(cpu.mixed_forward, call.statics, call.filter_shape[-1])
-    here = functools.partial(unless_exported, per_shard(native, shared=(2, 3)), call.in_turn)
-    y: Array = _by_platform(varying(here), call.in_turn, *args)
-    return y
-
-
-def _at_once_forward(call: _Call, *args: Array) -> tuple[Array, Any]:
-    if call.keeps_filters(args[-1]):
-        return jax.vjp(call.in_turn, *args)
-    y = _at_once(call, *args)
-    return y, (*args, y)
-
-
-def _at_once_backward(call: _Call, residuals: Any, dy: Array) -> tuple[Array, ...]:
-    if callable(residuals):
-        pull = residuals
-        gradients: tuple[Array, ...] = pull(dy)
-        return gradients
-    native = functools.partial(cpu.mixed_backward, call.statics)
-    here = functools.partial(
-        unless_exported,
-        per_shard(native, shared=(2, 3), summed=(2, 3)),
-        call.backward_in_turn,
-    )
-    *gradients, scores = _by_platform(varying(here), call.backward_in_turn, *residuals, dy)
-    guide_features = residuals[4]
-    return *gradients, softmax_vjp(guide_features, scores)
-
-
-_at_once.defvjp(_at_once_forward, _at_once_backward)
+def _derived(function: Callable[..., Array], like: Callable[..., Array]) -> Callable[..., Array]:
+    """`function`, with the derivatives of another that computes the same."""
+    derived = jax.custom_jvp(function)
+    derived.defjvp(lambda primals, tangents: jax.jvp(like, primals, tangents))
+    return lambda *args: derived(*varying_like(args, *args))
 
 
 def mix(
@@ -181,7 +182,29 @@ def mix(
     by_xla = functools.partial(_mix, precision=precision)
     if not native or not cpu.does(factors.weights.dtype):
         return by_xla(*factors)
-    return _native(by_xla, *varying_like(tuple(factors), *factors))
+
+    def forward(*factors: Array) -> Array:
+        here = functools.partial(unless_exported_or_partitioned, cpu.mix, by_xla)
+        filters: Array = _by_platform(varying(here), by_xla, *factors)
+        return filters
+
+    def gradient(
+        weights: Array, bank: Array, bias: Array, filters: Array, dfilters: Array
+    ) -> tuple[Array, ...]:
+        def gradient_by_xla(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, ...]:
+            bias = varying_like(jnp.zeros((bank.shape[0], bank.shape[2]), bank.dtype), bank)
+            dweights, dbank, dbias = jax.vjp(by_xla, weights, bank, bias)[1](dfilters)
+            return dweights, dbank, dbias
+
+        native = functools.partial(
+            unless_exported_or_partitioned, cpu.mix_backward, gradient_by_xla
+        )
+        gradients: tuple[Array, ...] = _by_platform(
+            varying(native), gradient_by_xla, weights, bank, dfilters
+        )
+        return gradients
+
+    return with_gradient(forward, gradient, by_xla)(*factors)
 
 
 def _mix(weights: Array, bank: Array, bias: Array, *, precision: Any) -> Array:
@@ -191,38 +214,6 @@ def _mix(weights: Array, bank: Array, bias: Array, *, precision: Any) -> Array:
         "btrn,rnf->brtf", weights.astype(wide), bank.astype(wide), precision=precision
     )
     return (filters + bias.astype(wide)[None, :, None]).astype(weights.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _native(by_xla: Any, weights: Array, bank: Array, bias: Array) -> Array:
-    here = per_shard(functools.partial(unless_exported, cpu.mix, by_xla), shared=(1, 2))
-    return _by_platform(here, by_xla, weights, bank, bias)
-
-
-def _native_forward(
-    by_xla: Any, weights: Array, bank: Array, bias: Array
-) -> tuple[Array, tuple[Array, ...]]:
-    return _native(by_xla, weights, bank, bias), (weights, bank)
-
-
-def _native_backward(by_xla: Any, args: tuple[Array, Array], dfilters: Array) -> tuple[Array, ...]:
-    weights, bank = args
-
-    def gradients(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, ...]:
-        bias = varying_like(jnp.zeros((bank.shape[0], bank.shape[2]), bank.dtype), bank)
-        dweights, dbank, dbias = jax.vjp(by_xla, weights, bank, bias)[1](dfilters)
-        return dweights, dbank, dbias
-
-    here = per_shard(
-        functools.partial(unless_exported, cpu.mix_backward, gradients),
-        shared=(1,),
-        summed=(1, 2),
-    )
-    gradients_of: tuple[Array, ...] = _by_platform(here, gradients, weights, bank, dfilters)
-    return gradients_of
-
-
-_native.defvjp(_native_forward, _native_backward)
 
 
 def _by_platform(here: Any, elsewhere: Any, *args: Array) -> Any:

@@ -5,14 +5,18 @@ import functools
 import inspect
 import pickle
 import re
+import subprocess
+import sys
 
 import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import linen as nn
 from flax import nnx
+from jax.experimental import serialize_executable
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import drconv_jax
@@ -564,6 +568,71 @@ def test_export_of_the_layer_for_all_platforms_and_any_batch_size(generator):
     for count in (1, 2):
         expected = layer.apply(variables, X[:count])
         np.testing.assert_allclose(loaded.call(variables, X[:count]), expected, 1e-4, 1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(filter_generator="pooled"),
+        dict(strides=2, guide_kernel_size=1),
+        dict(padding="VALID", kernel_dilation=2),
+        dict(implementation="blocked"),
+    ],
+)
+def test_export_for_any_height_and_width(fields):
+    layer = DRConv(6, regions=3, **fields)
+    variables = layer.init(KEY, X)
+    sizes = jax.export.symbolic_shape("b, h, w")
+    x = jax.ShapeDtypeStruct((*sizes, 4), X.dtype)
+    exported = jax.export.export(jax.jit(layer.apply), platforms=["cpu", "tpu", "cuda"])(
+        variables, x
+    )
+    for shape in ((1, 7, 8, 4), (2, 12, 5, 4)):
+        x = jax.random.normal(KEY, shape)
+        expected = layer.apply(variables, x)
+        np.testing.assert_allclose(exported.call(variables, x), expected, 1e-4, 1e-5)
+
+
+LOAD = """
+import pickle, sys, jax
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_platforms", "cpu")
+import drconv_jax
+from jax.experimental import serialize_executable
+serialize_executable.deserialize_and_load(*pickle.load(open(sys.argv[1], "rb")))
+"""
+
+
+@GENERATORS
+def test_another_process_finds_and_loads_a_program_for_several_devices(generator, mesh, tmp_path):
+    _, variables, run = layer_and_gradient(generator)
+    by_batch, everywhere = (NamedSharding(mesh, PartitionSpec(*p)) for p in (("data",), ()))
+    x = jnp.tile(X, (8, 1, 1, 1))
+    lowered = jax.jit(run).lower(jax.device_put(variables, everywhere), jax.device_put(x, by_batch))
+    # What JAX parts by a callback has a pointer in it, which another process never has.
+    assert "CustomSPMDPartitioning" not in lowered.as_text()
+    if generator == "mixture":
+        path = tmp_path / "executable"
+        path.write_bytes(pickle.dumps(serialize_executable.serialize(lowered.compile())))
+        subprocess.run([sys.executable, "-c", LOAD, path], check=True)
+
+
+@GENERATORS
+def test_second_derivatives_of_the_layer(generator):
+    layer, variables, _ = layer_and_gradient(generator)
+    # The same layer as products and a select, which JAX differentiates by itself.
+    plain = layer.clone(implementation="select")
+    rng = np.random.default_rng(0)
+    direction = jax.tree.map(lambda v: jnp.asarray(rng.normal(size=v.shape), v.dtype), variables)
+
+    def curvature(layer):
+        gradient = jax.grad(lambda v: jnp.sin(layer.apply(v, X)).sum())
+        slope = lambda v: optax.tree.vdot(gradient(v), direction)  # noqa: E731
+        return jax.jvp(gradient, (variables,), (direction,))[1], jax.grad(slope)(variables)
+
+    ours, expected = jax.jit(lambda: curvature(layer))(), jax.jit(lambda: curvature(plain))()
+    scale = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(expected))
+    chex.assert_trees_all_close(ours, expected, rtol=1e-4, atol=1e-5 * scale)
 
 
 @GENERATORS

@@ -35,7 +35,7 @@ def test_the_native_kernel_was_built():
 
 def test_a_missing_kernel_is_said_once(monkeypatch):
     arguments, kw, _ = draw(23, kernel=1)
-    monkeypatch.setattr(cpu, "_library", lambda: None)
+    monkeypatch.setattr(cpu, "_missing", "drconv_jax was installed without its native CPU kernel")
     cpu.available.cache_clear()
     try:
         with pytest.warns(UserWarning, match='without its native CPU kernel.*"blocked"') as said:
@@ -147,6 +147,76 @@ def test_gradients_of_input_and_filters_by_finite_differences(implementation, no
             jnp.asarray(x), jnp.asarray(w), guide, implementation=implementation, **kw
         )
         check_grads(function, (x, filters), order=1, modes=["rev"], atol=1e-6, rtol=1e-6)
+
+
+def straight_through(x, filters, guide, kw):
+    """An independent definition, all of whose derivatives are JAX's own."""
+
+    def convolve(x, w):
+        return nn.Conv(
+            w.shape[-1], w.shape[:-2], use_bias=False, **{**kw, "strides": (kw["strides"],) * 2}
+        ).apply({"params": {"kernel": w}}, x[None])[0]
+
+    everywhere = jax.vmap(jax.vmap(convolve, (None, 0)))(x, filters)
+    soft = jax.nn.softmax(guide)
+    mask = jax.nn.one_hot(guide.argmax(-1), guide.shape[-1]) + soft - jax.lax.stop_gradient(soft)
+    return jnp.einsum("bmhwf,bhwm->bhwf", everywhere, mask)
+
+
+def derivatives(function, arguments, directions):
+    """First and second derivatives of a function of arrays, by every pair of modes."""
+    value = lambda *a: jnp.sin(function(*a)).sum()  # noqa: E731
+    gradient = jax.grad(value, (0, 1, 2))
+    along = lambda *a: jax.jvp(value, a, directions)[1]  # noqa: E731
+    slope = lambda *a: sum((g * d).sum() for g, d in zip(gradient(*a), directions, strict=True))  # noqa: E731
+    twice = lambda a: jnp.stack([a, -2 * a])  # noqa: E731
+    return {
+        "forward": along(*arguments),
+        "forward of reverse": jax.jvp(gradient, arguments, directions)[1],
+        "reverse of reverse": jax.grad(slope, (0, 1, 2))(*arguments),
+        "reverse of forward": jax.grad(along, (0, 1, 2))(*arguments),
+        "vmap of forward of reverse": jax.vmap(lambda *d: jax.jvp(gradient, arguments, d)[1])(
+            *map(twice, directions)
+        ),
+        "forward of vmap": jax.jvp(
+            jax.vmap(function, (0, None, 0)),
+            (twice(arguments[0]), arguments[1], twice(arguments[2])),
+            (twice(directions[0]), directions[1], twice(directions[2])),
+        )[1],
+    }
+
+
+@pytest.mark.parametrize("implementation", [*AVAILABLE, None])
+def test_second_derivatives_and_forward_mode(implementation):
+    arguments, kw, _ = draw(24, size=4, strides=2)
+    rng = np.random.default_rng(0)
+    directions = tuple(jnp.asarray(rng.normal(size=a.shape), a.dtype) for a in arguments)
+    chosen = lambda *a: region_conv(*a, implementation=implementation, **kw)  # noqa: E731
+    plain = lambda *a: straight_through(*a, kw)  # noqa: E731
+    ours, expected = (
+        jax.jit(functools.partial(derivatives, function))(arguments, directions)
+        for function in (chosen, plain)
+    )
+    for name in expected:
+        for a, b in zip(*map(jax.tree.leaves, (ours[name], expected[name])), strict=True):
+            scale = float(np.abs(b).max())
+            np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("implementation", [*AVAILABLE, None])
+@pytest.mark.parametrize("padding", [0, 1])
+def test_an_empty_axis_gives_what_a_convolution_gives(implementation, padding):
+    x, filters = jnp.ones((2, 0, 5, 4)), jnp.ones((2, 3, 1, 1, 4, 6))
+    out = jax.eval_shape(nn.Conv(6, (1, 1), padding=padding).init_with_output, jax.random.key(0), x)
+    guide = jnp.zeros((*out[0].shape[:-1], 3))
+
+    def run(x, filters, guide):
+        return region_conv(x, filters, guide, padding=padding, implementation=implementation)
+
+    y, pull = jax.vjp(run, x, filters, guide)
+    np.testing.assert_array_equal(y, np.zeros(out[0].shape))
+    for gradient, argument in zip(pull(jnp.ones_like(y)), (x, filters, guide), strict=True):
+        np.testing.assert_array_equal(gradient, jnp.zeros_like(argument))
 
 
 def test_the_definition_is_the_mask_composed_with_a_dense_select():

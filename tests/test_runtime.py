@@ -13,13 +13,14 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from PIL import Image
 from runs import checkpoints_of, rows_of, tensorboard
 
 from drconv_jax import DRConv
 from experiments.classification.__main__ import PRESETS, Config, ModelConfig
-from experiments.runtime import configs, loop, preemption, regions, sources, training
+from experiments.runtime import configs, data, loop, preemption, regions, sources, training
 from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
-from experiments.runtime.errors import Preempted, UserError
+from experiments.runtime.errors import DataLost, Preempted, UserError
 from experiments.runtime.mesh import Placement, check_batch, make_mesh, on_devices
 from experiments.runtime.pipeline import Pipeline
 from experiments.runtime.recipes import RECIPES, Recipe, learning_rate, optimizer
@@ -371,6 +372,62 @@ def test_saving_memory_changes_no_gradient(option, dataset):
         np.testing.assert_allclose(leaf, twin, rtol=1e-6, atol=1e-5 * moved, err_msg=name)
     for name in results:
         np.testing.assert_allclose(results[name], its_results[name], rtol=1e-5, err_msg=name)
+
+
+class Normed(nn.Module):
+    """Keeps the statistics of the last batch as they are."""
+
+    @nn.compact
+    def __call__(self, x, *, train=False):
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.0)(x)
+        return nn.Dense(2)(x.mean((1, 2)))
+
+
+def save_images(folder, counts, colour=100):
+    """Classes of images of one colour, of which the first of each is broken."""
+    for split, count in counts.items():
+        for label in ("cat", "dog"):
+            (folder / split / label).mkdir(parents=True)
+            for i in range(count):
+                path = folder / split / label / f"{i}.png"
+                Image.new("RGB", (SIZE, SIZE), (colour,) * 3).save(path)
+            (folder / split / label / "0.png").write_bytes(b"broken")
+
+
+@pytest.mark.parametrize("augment", ["none", "resized-crop"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_batch_statistics_are_those_of_real_images(augment, accumulate, tmp_path):
+    save_images(tmp_path / "images", {"train": 8, "test": 4})
+    dataset = data.load(f"folder:{tmp_path / 'images'}", SIZE, hold="disk")
+    recipe = Recipe(epochs=1, batch_size=16, augment=augment, accumulate=accumulate)
+    state, metrics, skipped = train(dataset, tmp_path / "run", recipe, Normed())
+    statistics = state.variables["batch_stats"]["BatchNorm_0"]
+    np.testing.assert_allclose(statistics["mean"], (100 - 127.5) / 64, rtol=1e-6)
+    np.testing.assert_allclose(statistics["var"], 0, atol=1e-6)
+    assert len(skipped) == 4  # of both splits, each once
+    # All features are zero, so every image has the loss of even odds.
+    np.testing.assert_allclose(metrics["train_loss"], np.log(2), rtol=1e-6)
+
+
+def test_nothing_is_evaluated_on_no_images(tmp_path):
+    save_images(tmp_path / "images", {"train": 4, "test": 1})
+    dataset = data.load(f"folder:{tmp_path / 'images'}", SIZE, hold="disk")
+    with pytest.raises((DataLost, UserError), match="none of the test images can be read"):
+        train(dataset, tmp_path / "run", Recipe(epochs=1, batch_size=8), Normed())
+
+
+@pytest.mark.parametrize("mirror,flips", [("auto", False), ("yes", True), ("no", False)])
+def test_whether_images_are_mirrored(mirror, flips, dataset, tmp_path, monkeypatch):
+    given = []
+
+    def program(*arguments, flips, **options):
+        given.append(flips)
+        raise UserError("enough")
+
+    monkeypatch.setattr(loop, "program", program)
+    with pytest.raises(UserError, match="enough"):
+        train(dataset, tmp_path, Recipe(epochs=1, batch_size=8, mirror=mirror))
+    assert given == [flips]
 
 
 def test_what_is_not_finite_stops_the_run(tmp_path, dataset):

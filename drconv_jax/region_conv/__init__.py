@@ -26,8 +26,8 @@ IMPLEMENTATIONS: Mapping[str, RegionConv] = {
     "reference": reference,
     "select": select,
     "blocked": fused(blocked),
-    "cpu": fused(cpu, opaque=True),
-    "pallas": fused(pallas, opaque=True),
+    "cpu": fused(cpu),
+    "pallas": fused(pallas),
 }
 _AUTOMATIC = fused(automatic)
 
@@ -117,6 +117,8 @@ def region_conv(
     convolve = functools.partial(
         choose(implementation), window=window, groups=groups, precision=precision
     )
+    if 0 in expected:
+        return jnp.zeros((*expected[:-1], features), x.dtype)
     y: Array = along_batch(convolve)(x, filters, guide_features)
     return y
 

@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from drconv_jax.region_conv import blocked, cpu
 from drconv_jax.region_conv.fused import Statics
-from drconv_jax.region_conv.sharding import per_shard
+from drconv_jax.region_conv.sharding import varying
 
 
 def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
@@ -34,7 +34,7 @@ def _by_platform(direction: str, statics: Statics, *arrays: Array) -> Any:
     if not cpu.does(arrays[0].dtype):
         return default(*arrays)
     native = functools.partial(getattr(cpu, direction), statics)
-    here = per_shard(functools.partial(unless_exported, native, default))
+    here = varying(functools.partial(unless_exported, native, default))
     return jax.lax.platform_dependent(*arrays, cpu=here, default=default)
 
 
@@ -44,7 +44,14 @@ def unless_exported(inside: Callable[..., Any], exported: Callable[..., Any], *a
     A native kernel is a custom call that only this package knows; an exported program must run
     without it. Both functions return the same shapes.
     """
-    return _unless("exported", inside, exported, inside, *args)
+    return _unless(("exported",), inside, exported, inside, *args)
+
+
+def unless_exported_or_partitioned(
+    inside: Callable[..., Any], otherwise: Callable[..., Any], *args: Array
+) -> Any:
+    """`inside(*args)`, but `otherwise(*args)` in a program that is either of both."""
+    return _unless(("exported", "partitioned"), inside, otherwise, inside, *args)
 
 
 def unless_partitioned(
@@ -56,11 +63,11 @@ def unless_partitioned(
     `shard_map` over all axes of a mesh a program is parted already. Both functions return the same
     shapes.
     """
-    return _unless("partitioned", inside, partitioned, partitioned, *args)
+    return _unless(("partitioned",), inside, partitioned, partitioned, *args)
 
 
 def _unless(
-    condition: str,
+    conditions: tuple[str, ...],
     inside: Callable[..., Any],
     otherwise: Callable[..., Any],
     shaped: Callable[..., Any],
@@ -70,7 +77,7 @@ def _unless(
     leaves, tree = jax.tree.flatten(jax.eval_shape(shaped, *args))
     results = _unless_p.bind(
         *args,
-        condition=condition,
+        conditions=conditions,
         inside=inside,
         otherwise=otherwise,
         shapes=tuple(ShapedArray(leaf.shape, leaf.dtype) for leaf in leaves),
@@ -81,18 +88,18 @@ def _unless(
 def _lower_unless(
     ctx: mlir.LoweringRuleContext,
     *args: Any,
-    condition: str,
+    conditions: tuple[str, ...],
     inside: Any,
     otherwise: Any,
     shapes: Any,
 ) -> Any:
     del shapes
     module = ctx.module_context
-    conditions = {
+    holds = {
         "exported": module.lowering_parameters.for_export,
         "partitioned": _is_partitioned(module.axis_context),
     }
-    function = otherwise if conditions[condition] else inside
+    function = otherwise if any(holds[name] for name in conditions) else inside
     return mlir.lower_fun(lambda *a: jax.tree.leaves(function(*a)), multiple_results=True)(
         ctx, *args
     )

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from drconv_jax.dtypes import accumulator
+from drconv_jax.geometry import Length
 from drconv_jax.region_conv.fused import Statics
 from drconv_jax.region_conv.products import flat_regions, matrices_of, patches_of
 from drconv_jax.region_conv.sharding import varying_like
@@ -22,7 +23,10 @@ from drconv_jax.region_conv.sharding import varying_like
 
 def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
-    patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
+    patches, matrices = (
+        patches_of(x, statics.window, statics.groups),
+        matrices_of(filters, statics.groups),
+    )
     y = multiply(statics.precision, patches, matrices, flat_regions(guide_features))
     return y.reshape(*guide_features.shape[:-1], filters.shape[-1])
 
@@ -31,7 +35,7 @@ def backward(
     statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
-    patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
+    patches, to_input = jax.vjp(lambda x: patches_of(x, statics.window, statics.groups), x)
     matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
     dpatches, dmatrices, scores = multiply_backward(
@@ -128,11 +132,11 @@ class _Blocks(NamedTuple):
 
 @functools.partial(jax.vmap, in_axes=(0, None))
 def _blocks_of(index: Int[Array, positions], regions: int) -> _Blocks:
-    positions = len(index)
+    positions = index.shape[0]  # of an exported program, it may be a symbol
     rows = _rows_of_a_block(positions, regions)
     blocks = (positions + regions * (rows - 1)) // rows  # no guide needs more
     own = jax.nn.one_hot(index, regions, dtype=jnp.int32)
-    seen = jnp.cumsum(own, axis=0)
+    seen = jnp.cumsum(_never_empty(own, axis=0), axis=0)[:positions]
     end = jnp.cumsum(-(-own.sum(axis=0, dtype=jnp.int32) // rows))
     first_slot = jnp.pad(end, (1, 0))[:-1] * rows
     slot = (own * (first_slot[None] + seen - 1)).sum(axis=1, dtype=jnp.int32)
@@ -144,8 +148,10 @@ def _blocks_of(index: Int[Array, positions], regions: int) -> _Blocks:
     return _Blocks(slot, position.reshape(blocks, rows), jnp.minimum(region, regions - 1))
 
 
-def _rows_of_a_block(positions: int, regions: int) -> int:
+def _rows_of_a_block(positions: Length, regions: int) -> int:
     """A power of two for about four blocks a region, between 8 and 64 rows."""
+    if not isinstance(positions, int):
+        return 32
     for rows in (64, 32, 16):
         if positions >= 4 * rows * regions:
             return rows
@@ -156,7 +162,15 @@ def _rows(
     values: Float[Array, "batch positions *rest"], index: Int[Array, batch * where]
 ) -> Float[Array, batch * where * rest]:
     """The rows of every sample that the index names, zeros where it names none."""
+    values = _never_empty(values, axis=1)
     return jax.vmap(lambda v, i: v.at[i].get(mode="fill", fill_value=0))(values, index)
+
+
+def _never_empty(values: Array, axis: int) -> Array:
+    """With a zero behind an axis whose length is a symbol: to JAX, it might be 0 otherwise."""
+    if isinstance(values.shape[axis], int):
+        return values
+    return jnp.pad(values, [(0, int(i == axis)) for i in range(values.ndim)])
 
 
 def _einsum(equation: str, a: Array, b: Array, precision: Any) -> Array:

@@ -14,7 +14,8 @@ from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Window
 from drconv_jax.guide import softmax_vjp
-from drconv_jax.region_conv.sharding import per_shard
+from drconv_jax.region_conv.derivatives import with_gradient
+from drconv_jax.region_conv.select import select
 
 
 @runtime_checkable
@@ -75,35 +76,11 @@ class Kernel(Protocol):
         """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
 
 
-def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
+def fused(kernel: Kernel) -> RegionConv:
     """The differentiable region convolution of a kernel (Eq. 3-8).
 
     The kernel gives every region's score; the guide's softmax gradient is made of them here.
-
-    Args:
-      kernel: forward and backward.
-      opaque: whether XLA cannot see that the kernel treats samples apart, and must be told.
     """
-
-    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-    def convolve(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
-        return samplewise(kernel.forward, statics, opaque)(x, filters, guide_features)
-
-    def convolve_forward(
-        statics: Statics, x: Array, filters: Array, guide_features: Array
-    ) -> tuple[Array, tuple[Array, ...]]:
-        y = convolve(statics, x, filters, guide_features)
-        return y, (x, filters, guide_features, y)
-
-    def convolve_backward(
-        statics: Statics, residuals: tuple[Array, ...], dy: Array
-    ) -> tuple[Array, Array, Array]:
-        x, filters, guide_features, y = residuals
-        backward = samplewise(kernel.backward, statics, opaque)
-        dx, dfilters, scores = backward(x, filters, guide_features, y, dy)
-        return dx, dfilters, softmax_vjp(guide_features, scores)
-
-    convolve.defvjp(convolve_forward, convolve_backward)
 
     def region_conv(
         x: Array,
@@ -114,15 +91,25 @@ def fused(kernel: Kernel, *, opaque: bool = False) -> RegionConv:
         precision: jax.lax.PrecisionLike,
     ) -> Array:
         statics = Statics(window, groups, jax.lax.Precision(precision) if precision else None)
-        return convolve(statics, x, filters, guide_features)
+        backward = samplewise(kernel.backward, statics)
+
+        def gradient(*args: Array) -> tuple[Array, Array, Array]:
+            dx, dfilters, scores = backward(*args)
+            return dx, dfilters, softmax_vjp(args[2], scores)
+
+        convolve = with_gradient(
+            samplewise(kernel.forward, statics),
+            gradient,
+            functools.partial(select, window=window, groups=groups, precision=precision),
+        )
+        return convolve(x, filters, guide_features)
 
     return region_conv
 
 
-def samplewise(function: Callable[..., Any], statics: Statics, opaque: bool) -> Callable[..., Any]:
-    """A kernel's `function` over arrays with a batch axis, fit for `vmap` and for a mesh."""
-    function = functools.partial(function, statics)
-    return foldable(per_shard(function) if opaque else function)
+def samplewise(function: Callable[..., Any], statics: Statics) -> Callable[..., Any]:
+    """A kernel's `function` over arrays with a batch axis, into which `vmap` folds its own."""
+    return foldable(functools.partial(function, statics))
 
 
 def foldable(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -21,7 +21,7 @@ from drconv_jax.region_conv.automatic import unless_partitioned
 from drconv_jax.region_conv.blocked import multiply, multiply_backward
 from drconv_jax.region_conv.fused import Statics
 from drconv_jax.region_conv.products import flat_regions, matrices_of, patches_of
-from drconv_jax.region_conv.sharding import varying
+from drconv_jax.region_conv.sharding import per_shard, varying
 
 # JAX 0.12 deprecates Pallas' way to Triton: from there on a GPU computes region by region.
 TRITON = jax.__version_info__ < (0, 12)
@@ -34,23 +34,40 @@ _GPU: dict[str, Callable[..., Any]] = (
 def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
     """See `fused.Kernel.forward`."""
     _check(x)
-    shape = (*guide_features.shape[:-1], filters.shape[-1])
-    if math.prod(shape) * x.size == 0:
-        return jnp.zeros(shape, x.dtype)
-    patches, matrices = patches_of(x, statics), matrices_of(filters, statics.groups)
-    y = _by_platform("forward", statics, patches, matrices, flat_regions(guide_features))
-    return y.reshape(shape)
+    y: Array = per_shard(functools.partial(_forward, statics))(x, filters, guide_features)
+    return y
 
 
 def backward(
     statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
 ) -> tuple[Array, Array, Array]:
     """See `fused.Kernel.backward`."""
+    del y
     _check(x)
+    run = per_shard(functools.partial(_backward, statics))
+    gradients: tuple[Array, Array, Array] = run(x, filters, guide_features, dy)
+    return gradients
+
+
+def _forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
+    shape = (*guide_features.shape[:-1], filters.shape[-1])
+    if math.prod(shape) * x.size == 0:
+        return jnp.zeros(shape, x.dtype)
+    patches, matrices = (
+        patches_of(x, statics.window, statics.groups),
+        matrices_of(filters, statics.groups),
+    )
+    y = _by_platform("forward", statics, patches, matrices, flat_regions(guide_features))
+    return y.reshape(shape)
+
+
+def _backward(
+    statics: Statics, x: Array, filters: Array, guide_features: Array, dy: Array
+) -> tuple[Array, Array, Array]:
     shape = guide_features.shape
     if dy.size * x.size == 0:
         return jnp.zeros_like(x), jnp.zeros_like(filters), jnp.zeros(shape, jnp.float32)
-    patches, to_input = jax.vjp(lambda x: patches_of(x, statics), x)
+    patches, to_input = jax.vjp(lambda x: patches_of(x, statics.window, statics.groups), x)
     matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
     dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
     dpatches, dmatrices, scores = _by_platform(

@@ -7,14 +7,14 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from drconv_jax.geometry import tap_views
+from drconv_jax.geometry import Window, tap_views
 from drconv_jax.guide import region_index
-from drconv_jax.region_conv.fused import Statics
 
 
-def patches_of(x: Array, statics: Statics) -> Float[Array, "batch positions groups taps_in"]:
+def patches_of(
+    x: Array, window: Window, groups: int
+) -> Float[Array, "batch positions groups taps_in"]:
     """Every output position's window, group by group; for a pointwise window x itself."""
-    window, groups = statics.window, statics.groups
     batch, *spatial, channels = x.shape
     if window.is_pointwise:
         return x.reshape(batch, math.prod(spatial), groups, channels // groups)

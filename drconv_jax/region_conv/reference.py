@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Window
 from drconv_jax.guide import guide_mask
+from drconv_jax.region_conv.derivatives import with_gradient
 from drconv_jax.region_conv.fused import foldable
 from drconv_jax.region_conv.sharding import per_shard
 
@@ -54,12 +55,9 @@ def _convolve_with_all(
 
 def _sample_by_sample(function: Callable[..., Array]) -> Callable[..., Array]:
     """`function` with JAX's own gradient, kept on each device's samples in both directions."""
-    differentiable = jax.custom_vjp(lambda *args: foldable(per_shard(function))(*args))
 
-    def backward(args: tuple[Array, ...], dy: Array) -> tuple[Array, ...]:
-        pull = lambda dy, *args: jax.vjp(function, *args)[1](dy)  # noqa: E731
-        gradients: tuple[Array, ...] = foldable(per_shard(pull))(dy, *args)
-        return gradients
+    def gradient(*args: Array) -> tuple[Array, ...]:
+        *inputs, _, dy = args
+        return jax.vjp(function, *inputs)[1](dy)
 
-    differentiable.defvjp(lambda *args: (differentiable(*args), args), backward)
-    return differentiable
+    return with_gradient(foldable(per_shard(function)), foldable(per_shard(gradient)), function)

@@ -13,7 +13,6 @@ from jaxtyping import Array, Float
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Window
 from drconv_jax.guide import guide_mask
-from drconv_jax.region_conv.fused import Statics
 from drconv_jax.region_conv.products import matrices_of, patches_of
 
 
@@ -26,7 +25,7 @@ def select(
     precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "batch *out_spatial features"]:
     """See `drconv_jax.region_conv.region_conv`."""
-    patches = patches_of(x, Statics(window, groups, precision))
+    patches = patches_of(x, window, groups)
     matrices = matrices_of(filters, groups)
     everywhere = jnp.einsum(
         "bpgk,bmgkf->bmpgf",

@@ -1,13 +1,14 @@
 """Every device computes on its own shard of the batch.
 
-XLA does not know that a native kernel, or a grouped convolution made by `vmap`, treats samples
+XLA does not know that a kernel, or a grouped convolution made by `vmap`, treats samples
 apart: left alone it gathers the batch on every device (openxla/xla#47945). `per_shard` says so.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,20 +17,19 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 
-def per_shard(
-    function: Callable[..., Any], *, shared: Collection[int] = (), summed: Collection[int] = ()
-) -> Callable[..., Any]:
+def per_shard(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which treats samples apart, run on every device's own samples.
+
+    JAX puts a pointer into a program that is parted so: it can not be serialized, and is compiled
+    anew in every process.
 
     Args:
       function: of arrays whose first axis is the batch; so are its results'. It is not
         differentiated.
-      shared: positions of arguments without a batch axis, whole on every device.
-      summed: positions of results without a batch axis, sums over the samples.
 
     Returns:
       The same function, which stays sharded along the batch under `jit` on a mesh, without any
-      communication but the reduction of what is summed.
+      communication.
     """
 
     def call(*args: Array) -> Any:
@@ -37,22 +37,19 @@ def per_shard(
             return varying(function)(*args)
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
         results = jax.tree.leaves(jax.eval_shape(function, *shapes))
-        names = [f"a{i}" for i in range(sum(a.ndim for a in (*args, *results)))]
+        names = [f"a{i}" for i in range(sum(a.ndim - 1 for a in (*args, *results)))]
         fresh = iter(names)  # a factor a dimension: samples alone share one
 
-        def factors(arrays: Sequence[Any], whole: Collection[int]) -> str:
-            sides = [
-                [next(fresh) if d or i in whole else "b" for d in range(a.ndim)]
-                for i, a in enumerate(arrays)
-            ]
-            return ", ".join(" ".join(side) for side in sides)
+        def factors(arrays: Sequence[Any]) -> str:
+            return ", ".join(
+                " ".join(["b", *(next(fresh) for _ in range(a.ndim - 1))]) for a in arrays
+            )
 
-        rule = f"{factors(args, shared)} -> {factors(results, summed)}"
         partitioned = custom_partitioning(function)
         partitioned.def_partition(
-            partition=_partition(function, shared, summed),
-            sharding_rule=rule,
-            need_replication_factors=tuple(name for name in names if name in rule.split()),
+            partition=functools.partial(_partition, function),
+            sharding_rule=f"{factors(args)} -> {factors(results)}",
+            need_replication_factors=tuple(names),
         )
         # TPUs take no custom partitioning: there `function` itself must be one that XLA can part.
         return jax.lax.platform_dependent(
@@ -111,27 +108,14 @@ def _is_parted() -> bool:
     return bool(mesh.manual_axes) and manual == mesh.size
 
 
-def _partition(
-    function: Callable[..., Any], shared: Collection[int], summed: Collection[int]
-) -> Callable[..., Any]:
-    def partition(mesh: Any, args: Any, results: Any) -> Any:
-        first = next(a for i, a in enumerate(args) if i not in shared)
-        if mesh.empty:  # no array of the program names its mesh: none is parted
-            axis, by_batch, whole = None, first.sharding, first.sharding
-        else:
-            axis = first.sharding.spec[0] if first.sharding.spec else None
-            by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in ((axis,), ()))
+def _partition(function: Callable[..., Any], mesh: Any, args: Any, results: Any) -> Any:
+    if mesh.empty:  # no array of the program names its mesh: none is parted
+        by_batch = args[0].sharding
+    else:
+        by_batch = NamedSharding(mesh, PartitionSpec(*args[0].sharding.spec[:1]))
 
-        def on_shard(*args: Array) -> Any:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # not one that the caller set
-                leaves, tree = jax.tree.flatten(function(*args))
-            if axis is not None:
-                leaves = [jax.lax.psum(r, axis) if i in summed else r for i, r in enumerate(leaves)]
-            return jax.tree.unflatten(tree, leaves)
+    def on_shard(*args: Array) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # not one that the caller set
+            return function(*args)
 
-        leaves, tree = jax.tree.flatten(results)
-        result_shardings = [whole if i in summed else by_batch for i in range(len(leaves))]
-        argument_shardings = tuple(whole if i in shared else by_batch for i in range(len(args)))
-        return mesh, on_shard, jax.tree.unflatten(tree, result_shardings), argument_shardings
-
-    return partition
+    return mesh, on_shard, jax.tree.map(lambda _: by_batch, results), (by_batch,) * len(args)

@@ -146,6 +146,8 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh, loading: Loading = Lo
         hold=config.hold,
         whole_images=config.train.augment == "resized-crop",
     )
+    for line in dataset.left_out:
+        print(f"left out: {line}", file=sys.stderr)
     for line in dataset.skipped[:5]:
         print(f"skipped {line}", file=sys.stderr)
     if len(dataset.skipped) > 5:
@@ -195,6 +197,7 @@ def run(config: Config, run_dir: pathlib.Path, mesh: Mesh, loading: Loading = Lo
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "skipped_images": len(skipped),
         "skipped": skipped,
+        "left_out": dataset.left_out,
     }
     if config.model.has_guide:
         _draw_guide_masks(model, variables, dataset, config, run_dir)

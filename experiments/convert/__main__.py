@@ -1,23 +1,23 @@
 """Writes a data set to ArrayRecord files, which pods read from network storage.
 
 Encoded images are copied as they are, in an order drawn at random, so that any range of records has
-samples of all classes. --out gets classes.json and {train,test}-00000-of-00016.arrayrecord and so
-on; experiments.classification reads them with --data arrayrecord:OUT. A record is a line of JSON,
-{"name": ..., "label": ...}, and the encoded image.
+samples of all classes. OUT gets classes.json and {train,test}-00000-of-00016.arrayrecord and so
+on, in place of those that were there; experiments.classification reads them with --data
+arrayrecord:OUT. A record is a line of JSON, {"name": ..., "label": ...}, and the encoded image.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import pathlib
+import sys
 from typing import Annotated
 
-import numpy as np
 import tyro
 from rich.progress import track
 
 from experiments.runtime import data, sources
-from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime.errors import UserError, exit_on_user_error, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Arguments:
     """Writes a data set to ArrayRecord files, which pods read from network storage."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """folder:PATH or hf:NAME_OR_PATH, as --data of experiments.classification."""
+    """folder:PATH, hf:NAME_OR_PATH or arrayrecord:PATH, as --data of experiments.classification."""
     out: Annotated[pathlib.Path, tyro.conf.Positional]
     """The folder to write."""
     per_file: int = 10_000
@@ -42,28 +42,37 @@ def main() -> None:
     """The command."""
     with exit_on_user_error():
         arguments = tyro.cli(Arguments, prog="python -m experiments.convert", description=__doc__)
-        dataset = data.load(arguments.source, 8, hold="disk")
+        dataset = data.on_disk(arguments.source, "SOURCE")
+        for line in dataset.left_out:
+            print(f"left out: {line}", file=sys.stderr)
         out = arguments.out
         try:
             out.mkdir(parents=True, exist_ok=True)
-            _write(dataset, arguments)
+            counts = _write(dataset, arguments)
         except OSError as error:
-            raise UserError(f'"{out}" cannot be written: {error.strerror or error}.') from None
+            raise UserError(f'"{out}" cannot be written: {reason(error)}.') from None
         print(
-            f"{len(dataset.train):,} training and {len(dataset.test):,} test images in "
+            f"{counts['train']:,} training and {counts['test']:,} test images in "
             f"{len(dataset.classes)} classes; see {out}"
         )
 
 
-def _write(dataset: sources.Dataset, arguments: Arguments) -> None:
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
-        assert not isinstance(split, sources.ArraySplit)
-        order = np.random.default_rng(arguments.seed).permutation(len(split)).tolist()
-        written = sources.write_records(split, arguments.out / name, arguments.per_file, order)
-        for _ in track(written, f"writing {name} images", len(split)):
-            pass
-    # Last, so that a folder that has it is whole.
-    sources.write_classes(dataset.classes, arguments.out)
+def _write(dataset: sources.Dataset, arguments: Arguments) -> dict[str, int]:
+    """Writes both splits, and says how many images of each."""
+    assert not isinstance(dataset.train, sources.ArraySplit)
+    assert not isinstance(dataset.test, sources.ArraySplit)
+    splits = {"train": dataset.train, "test": dataset.test}
+    written = sources.replace_records(
+        splits, dataset.classes, arguments.out, arguments.per_file, arguments.seed
+    )
+    counts = dict.fromkeys(splits, 0)
+    total = sum(map(len, splits.values()))
+    for name, left_out in track(written, "writing images", total):
+        if left_out is None:
+            counts[name] += 1
+        else:
+            print(f"skipped {left_out}", file=sys.stderr)
+    return counts
 
 
 if __name__ == "__main__":

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
+import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 from rich.progress import track
 
 from experiments.runtime import images, sources
-from experiments.runtime.errors import UserError
+from experiments.runtime.errors import DataLost, UserError, reason
 from experiments.runtime.sources import ArraySplit, Dataset, EncodedSplit
+from experiments.runtime.sources.splits import digest_of
 
 Hold = Literal["auto", "memory", "disk"]
 
 # What is held in memory without being asked to.
 _MEMORY = 4 * 2**30
 
-_KINDS: dict[str, Callable[[str], Dataset]] = {
+_ON_DISK: dict[str, Callable[[str], Dataset]] = {
     "folder": lambda path: sources.folder(pathlib.Path(path)),
     "arrayrecord": lambda path: sources.array_record(pathlib.Path(path)),
     "hf": sources.hugging_face,
@@ -28,7 +31,7 @@ _KINDS: dict[str, Callable[[str], Dataset]] = {
 
 
 def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = False) -> Dataset:
-    """Finds a data set, and reads it if it is to be held in memory.
+    """Finds the data set that --data names, and reads it if it is to be held in memory.
 
     Args:
       source: "digits"; "idx:PATH", a folder of the four files of MNIST or Fashion-MNIST;
@@ -51,12 +54,16 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
     kind, _, path = source.partition(":")
     if source == "digits" or (kind == "idx" and path):
         if hold == "disk" or whole_images:
+            asked = ['--hold is "disk"'] if hold == "disk" else []
+            asked += ["--train.augment is resized-crop"] if whole_images else []
             raise UserError(
-                f'--data {source} is held in memory, but --hold is "{hold}"'
-                f"{' and --train.augment resized-crop' if whole_images else ''}; leave these out."
+                f"--data {source} is held in memory, but {' and '.join(asked)}; give another value."
             )
-        return sources.digits(size) if kind == "digits" else sources.idx(pathlib.Path(path), size)
-    if kind not in _KINDS or not path:
+        with _blaming("--data"):
+            if kind == "digits":
+                return sources.digits(size)
+            return sources.idx(pathlib.Path(path), size)
+    if kind not in _ON_DISK or not path:
         raise UserError(
             '--data must be "digits", "idx:PATH", "folder:PATH", "arrayrecord:PATH" or '
             f'"hf:NAME_OR_PATH", got "{source}".'
@@ -66,20 +73,49 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
             "--train.augment resized-crop needs images of their own size, which are on disk, but "
             '--hold is "memory"; leave it out.'
         )
-    dataset = _KINDS[kind](path)
+    dataset = on_disk(source)
     take = (len(dataset.train) + len(dataset.test)) * size * size * 3
     if whole_images or hold == "disk" or (hold == "auto" and take > _MEMORY):
         return dataset
-    return _in_memory(path, dataset, size)
+    with _blaming("--data"):
+        return _in_memory(path, dataset, size)
+
+
+def on_disk(source: str, option: str = "--data") -> Dataset:
+    """Finds a data set whose images are read from a disk when they are used.
+
+    Args:
+      source: "folder:PATH", "arrayrecord:PATH" or "hf:NAME_OR_PATH", as for `load`.
+      option: what gave the source, for errors.
+
+    Raises:
+      UserError: the source is none of these, or there is something wrong with it.
+    """
+    kind, _, path = source.partition(":")
+    if kind not in _ON_DISK or not path:
+        raise UserError(
+            f'{option} must be "folder:PATH", "arrayrecord:PATH" or "hf:NAME_OR_PATH", got '
+            f'"{source}".'
+        )
+    with _blaming(option):
+        return _ON_DISK[kind](path)
+
+
+@contextlib.contextmanager
+def _blaming(option: str) -> Iterator[None]:
+    """Puts before an error the option whose value is at fault."""
+    try:
+        yield
+    except (UserError, DataLost) as error:
+        raise UserError(f"{option}: {error}") from None
 
 
 def _in_memory(where: str, dataset: Dataset, size: int) -> Dataset:
+    assert not isinstance(dataset.train, ArraySplit) and not isinstance(dataset.test, ArraySplit)
     skipped: list[str] = []
-    splits = {}
-    for name, split in (("train", dataset.train), ("test", dataset.test)):
-        assert not isinstance(split, ArraySplit)
-        splits[name] = _decoded(where, name, split, dataset.classes, size, skipped)
-    return Dataset(**splits, classes=dataset.classes, skipped=tuple(skipped), flips=dataset.flips)
+    train = _decoded(where, "train", dataset.train, dataset.classes, size, skipped)
+    test = _decoded(where, "test", dataset.test, dataset.classes, size, skipped)
+    return dataclasses.replace(dataset, train=train, test=test, skipped=tuple(skipped))
 
 
 def _decoded(
@@ -92,14 +128,18 @@ def _decoded(
 ) -> ArraySplit:
     pixels = np.empty((len(split), size, size, 3), np.uint8)
     labels = np.full(len(split), -1, np.int32)
+    digests = [b""] * len(split)
 
     def decode(index: int) -> str | None:
         try:
             sample = split[index]
             pixels[index] = images.squashed(sample.content, size)
-            labels[index] = sample.label
+        except DataLost:
+            raise
         except Exception as error:  # of any kind: one broken image never stops a run
-            return f"{split.name_of(index)}: {error or type(error).__name__}"
+            return f"{split.name_of(index)}: {reason(error)}"
+        labels[index] = sample.label
+        digests[index] = f"{digest_of([sample.content])} {sample.label}".encode()
         return None
 
     broken: list[str] = []
@@ -112,15 +152,14 @@ def _decoded(
     good = labels >= 0
     if not good.any():
         raise UserError(
-            f'--data: no image of the {name} split of "{where}" can be read; the first is '
-            f"{broken[0]}."
+            f'no image of the {name} split of "{where}" can be read; the first is {broken[0]}.'
         )
     for label, title in enumerate(classes):
         if label not in labels[good]:
             raise UserError(
-                f'--data: no image of class "{title}" in the {name} split of "{where}" can be '
-                "read; mend its images or take the class out."
+                f'no image of class "{title}" in the {name} split of "{where}" can be read; mend '
+                "its images or take the class out."
             )
-    if good.all():  # no copy
-        return ArraySplit(pixels, labels, (split, np.arange(len(split))))
-    return ArraySplit(pixels[good], labels[good], (split, np.flatnonzero(good)))
+    if not good.all():
+        pixels, labels = pixels[good], labels[good]
+    return ArraySplit(pixels, labels, (split, np.flatnonzero(good)), digest_of(digests))

@@ -15,6 +15,10 @@ class UserError(Exception):
     """Something in what the user asked for is wrong; the message says what and how to mend it."""
 
 
+class DataLost(Exception):
+    """The data cannot be read any more, or most of it; the message says what, and why."""
+
+
 class Preempted(SystemExit):
     """The run was told to stop, has saved where it stands, and can be continued."""
 
@@ -24,10 +28,10 @@ class Preempted(SystemExit):
 
 @contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
-    """Turns a UserError, and a full disk, into a sentence on stderr and exit status 2."""
+    """Turns a UserError, lost data and a full disk into a sentence on stderr and exit status 2."""
     try:
         yield
-    except UserError as error:
+    except (UserError, DataLost) as error:
         sentence = str(error)
     except OSError as error:
         if not disk_is_full(error):
@@ -37,6 +41,11 @@ def exit_on_user_error() -> Iterator[None]:
         return
     print(f"error: {sentence}", file=sys.stderr)
     raise SystemExit(USER_ERROR)
+
+
+def reason(error: BaseException) -> str:
+    """Why something failed, in words: an error's own, or its kind where it has none."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def disk_is_full(error: BaseException | None) -> bool:

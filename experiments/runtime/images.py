@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import math
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jaxtyping import Num, UInt8
-from PIL import Image
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
+
+from experiments.runtime.errors import reason
 
 Pixels = UInt8[np.ndarray, "size size 3"]
+_Box = tuple[float, float, float, float]
 
 # Of torchvision's RandomResizedCrop, which the public ImageNet recipes use.
 _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 # The share of the shorter side that a centre crop keeps: 224 of 256.
 _CENTRE = 0.875
+# How a picture is turned upright, by the orientation that its EXIF block tells.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 class BrokenImageError(Exception):
@@ -24,17 +39,18 @@ class BrokenImageError(Exception):
 
 def squashed(content: bytes, size: int) -> Pixels:
     """Decodes an image and resizes it to size x size, whatever its shape."""
-    image = _opened(content)
-    return _resized(image, (0, 0, *image.size), size)
+    return _cut_out(content, size, lambda width, height: (0, 0, width, height))
 
 
 def centre_crop(content: bytes, size: int) -> Pixels:
     """The middle 7/8 of the shorter side, the usual evaluation on ImageNet (224 of 256 pixels)."""
-    image = _opened(content)
-    width, height = image.size
-    side = _CENTRE * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
-    return _resized(image, (left, top, left + side, top + side), size)
+
+    def middle(width: int, height: int) -> _Box:
+        side = _CENTRE * min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+
+    return _cut_out(content, size, middle)
 
 
 def random_resized_crop(
@@ -45,9 +61,36 @@ def random_resized_crop(
     The part is between 8 and 100 % of the area and between 3:4 and 4:3 in shape, as in the
     Inception paper (Szegedy et al., CVPR 2015, Section 6) and torchvision.
     """
-    image = _opened(content)
-    pixels = _resized(image, _random_box(*image.size, generator), size)
+    pixels = _cut_out(content, size, functools.partial(_random_box, generator))
     return pixels[:, ::-1] if flip and generator.random() < 0.5 else pixels
+
+
+def as_rgb(image: Image.Image) -> Image.Image:
+    """An image of any of Pillow's modes in 8-bit RGB.
+
+    - 16-bit grey is scaled by its range, so that 65535 is white.
+    - Numbers of 32 bits, whole or not, have no range of their own: they are taken to be of the
+      smallest of 0 to 1 (for floats only), 0 to 255, 0 to 65535 and 0 to 2^31 - 1 that holds them
+      all. What is negative, or no number, is black.
+    - What is transparent lies on white.
+    - CIELAB is converted by colour management to sRGB.
+    """
+    if image.mode == "RGB" and not image.has_transparency_data:
+        return image
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        return _from_numbers(image)
+    if image.has_transparency_data:
+        if image.mode == "La":
+            image = image.convert("LA")
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    if image.mode == "LAB":
+        lab, srgb = (ImageCms.createProfile(space) for space in ("LAB", "sRGB"))
+        converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+        assert converted is not None
+        return converted
+    return image.convert("RGB")
 
 
 def pad_crop_flip(
@@ -70,36 +113,71 @@ def pad_crop_flip(
     return images
 
 
-def _opened(content: bytes) -> Image.Image:
+def _cut_out(content: bytes, size: int, box_of: Callable[[int, int], _Box]) -> Pixels:
+    """Decodes an image, turns it upright, and resizes a part of it to size x size.
+
+    Args:
+      content: the encoded image.
+      size: pixels a side of what is returned.
+      box_of: makes of the upright image's width and height the part's left, top, right and bottom.
+
+    Raises:
+      BrokenImageError: it cannot be decoded.
+    """
     if not content:
         raise BrokenImageError("the file is empty")
     try:
-        return Image.open(io.BytesIO(content))
+        with Image.open(io.BytesIO(content)) as image:
+            return _part(image, size, box_of)
+    except UnidentifiedImageError:
+        raise BrokenImageError("it is not an image of a format that Pillow reads") from None
     except Exception as error:  # of any kind: one broken image never stops a run
-        raise BrokenImageError(str(error) or type(error).__name__) from None
+        raise BrokenImageError(reason(error)) from None
 
 
-def _resized(image: Image.Image, box: tuple[float, float, float, float], size: int) -> Pixels:
-    """The part of an image within `box` (left, top, right, bottom)."""
+def _part(image: Image.Image, size: int, box_of: Callable[[int, int], _Box]) -> Pixels:
+    if image.format not in ("JPEG", "MPO"):
+        image.load()  # other formats may know their orientation, or even their size, only then
+    orientation = _orientation(image)
+    height, width = image.size if orientation >= 5 else image.size[::-1]
+    box = box_of(width, height)
+    # A JPEG is decoded at 1/2, 1/4 or 1/8 where that still has all the pixels that are kept.
+    factor = int(min(box[2] - box[0], box[3] - box[1]) // size)
+    if factor > 1:
+        image.draft("RGB", (image.width // factor, image.height // factor))
+    image = as_rgb(image)
+    if orientation != 1:
+        image = image.transpose(_UPRIGHT[orientation])
+    scale_x, scale_y = image.width / width, image.height / height
+    box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
+    if box != (0, 0, size, size) or image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(image)
+
+
+def _orientation(image: Image.Image) -> int:
+    """As the EXIF block tells it; 1 is upright."""
     try:
-        width, height = image.size
-        # A JPEG is decoded at 1/2, 1/4 or 1/8 where that still has all the pixels that are kept.
-        factor = int(min(box[2] - box[0], box[3] - box[1]) // size)
-        if factor > 1:
-            image.draft("RGB", (width // factor, height // factor))
-        scale_x, scale_y = image.size[0] / width, image.size[1] / height
-        box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
-        image = image.convert("RGB")
-        if box != (0, 0, size, size) or image.size != (size, size):
-            image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
-        return np.asarray(image)
-    except Exception as error:  # of any kind, as above
-        raise BrokenImageError(str(error) or type(error).__name__) from None
+        orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # of many kinds; a picture is no worse for a damaged EXIF block
+        return 1
+    return orientation if orientation in _UPRIGHT else 1
 
 
-def _random_box(
-    width: int, height: int, generator: np.random.Generator
-) -> tuple[float, float, float, float]:
+def _from_numbers(image: Image.Image) -> Image.Image:
+    values = np.nan_to_num(np.asarray(image, np.float64), nan=0, posinf=np.inf, neginf=0)
+    # Pillow scales the numbers of a PGM file to 16 bits, whatever their range is in the file.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        white = 65535.0
+    else:
+        ranges = (255.0, 65535.0, 2.0**31 - 1) if image.mode == "I" else (1.0, 255.0, 65535.0)
+        largest = np.max(values, initial=0, where=np.isfinite(values))
+        white = next((end for end in ranges if largest <= end), 2.0**31 - 1)
+    grey = np.rint(np.clip(values / white, 0, 1) * 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _random_box(generator: np.random.Generator, width: int, height: int) -> _Box:
     for _ in range(10):
         area = width * height * generator.uniform(*_SCALE)
         ratio = math.exp(generator.uniform(math.log(_RATIO[0]), math.log(_RATIO[1])))

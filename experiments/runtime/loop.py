@@ -9,7 +9,7 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -22,12 +22,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from experiments.runtime import mesh as meshes
 from experiments.runtime import preemption, regions
 from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
-from experiments.runtime.errors import Preempted, UserError
+from experiments.runtime.errors import DataLost, Preempted, UserError
 from experiments.runtime.files import write_text
 from experiments.runtime.metrics import Metrics, Row
-from experiments.runtime.pipeline import Batch, Loading, Pipeline, broken
+from experiments.runtime.pipeline import Batch, Loading, Pipeline
 from experiments.runtime.recipes import Recipe
-from experiments.runtime.sources import Dataset, Split, reason_of
+from experiments.runtime.sources import Dataset, Split
 from experiments.runtime.training import Program, Results, TrainState, program
 
 T = TypeVar("T")
@@ -122,13 +122,14 @@ def train(
             f"global batch {recipe.batch_size:,} on {mesh.size:,} devices of {jax.process_count()} "
             f"processes, {recipe.batch_size // mesh.size:,} on each"
         )
+    flips = dataset.flips if recipe.mirror == "auto" else recipe.mirror == "yes"
     compiled = program(
         model,
         recipe,
         mesh,
         image_size=image_size,
         steps_per_epoch=steps,
-        flips=dataset.flips,
+        flips=flips,
     )
     with preemption.noticed() as preempted:
         data = Pipeline(
@@ -137,7 +138,7 @@ def train(
             jax.process_count(),
             image_size,
             recipe.augment,
-            dataset.flips,
+            flips,
             recipe.seed,
             loading,
         )
@@ -183,7 +184,8 @@ class _Run:
 
     def finish(self) -> Trained:
         """Trains to the end."""
-        with self.progress, self.metrics or contextlib.nullcontext():
+        metrics = self.metrics or contextlib.nullcontext()
+        with self.progress, metrics, contextlib.closing(self.batches):
             while len(self.record.rows) < self.recipe.epochs:
                 self._train_epoch()
                 self._end_epoch()
@@ -193,21 +195,21 @@ class _Run:
 
     def _placed(
         self, split: Split, batches: Iterator[Batch]
-    ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
+    ) -> Generator[tuple[np.ndarray, dict[str, jax.Array]], None, None]:
         """Each batch's indices, and the batch on the devices, where the next is on its way too."""
 
         def place(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
-            for index in broken(batch):
-                self._skip(split, index)
-            arrays = {name: batch[name] for name in ("image", "label")}
+            for index, why in batch["broken"].items():
+                self._skip(split, index, why)
+            arrays = {"image": batch["image"], "label": batch["label"]}
             return batch["index"], meshes.on_devices(arrays, self.compiled.mesh)
 
         return _one_behind(map(place, batches))
 
-    def _skip(self, split: Split, index: int) -> None:
+    def _skip(self, split: Split, index: int, why: str) -> None:
         name = split.name_of(index)
         if name not in self.skipped:
-            self.skipped[name] = f"{name}: {reason_of(split, index)}"
+            self.skipped[name] = f"{name}: {why}"
             if len(self.skipped) <= _SHOWN_SKIPPED:
                 print(f"skipped {self.skipped[name]}", file=sys.stderr)
 
@@ -303,7 +305,9 @@ class _Run:
             if stop:  # the epoch's steps are saved, and evaluation begins anew
                 self._save()
                 self._leave()
-        count = max(sums["count"], 1)
+        count = sums["count"]
+        if not count:
+            raise DataLost("none of the test images can be read")
         return {
             "test_loss": float(sums["loss"] / count),
             "test_accuracy": float(sums["correct"] / count),
@@ -351,7 +355,7 @@ class _Run:
         return self.record.steps * self.recipe.batch_size / self.record.seconds
 
 
-def _one_behind(results: Iterable[T]) -> Iterator[T]:
+def _one_behind(results: Iterable[T]) -> Generator[T, None, None]:
     """Each result when the next is already on its way."""
     before: list[T] = []
     for result in results:

@@ -47,7 +47,10 @@ class Recipe:
     """Compute norms, activations and regions again in the backward pass, to save memory."""
     augment: Augment = "crop"
     """For small images, pad and crop at random; for large ones, which stay on disk, cut out a
-    random part and resize it, and evaluate on the middle. Both mirror at random, but not digits."""
+    random part and resize it, and evaluate on the middle. Mirroring is the next option."""
+    mirror: Literal["auto", "yes", "no"] = "auto"
+    """Whether augmented images are mirrored at random; "auto" is no for digits, idx files and
+    classes that are all named by single characters or words as "zero", and yes for all else."""
     seed: int = 0
     """Of initial values, order and augmentation."""
 

@@ -48,8 +48,8 @@ class Program:
       state: shapes of the state, and where its arrays lie.
       init: makes the state of a new run.
       train_step: (state, batch) to the next state and scalars: "loss", "accuracy",
-        "gradient_norm" and "learning_rate", of the images whose label is not -1. The state it is
-        given is gone.
+        "gradient_norm" and "learning_rate". Every image counts, so all must be real ones. The
+        state it is given is gone.
       eval_step: (variables, batch) to sums over the images whose label is not -1: "count", "loss",
         "correct" and, by layer, "regions", the positions in each region.
     """
@@ -140,11 +140,8 @@ def _train_step(
         targets = optax.smooth_labels(
             jax.nn.one_hot(labels, logits.shape[-1]), recipe.label_smoothing
         )
-        real = labels >= 0
-        count = jnp.maximum(real.sum(), 1)
-        losses = jnp.where(real, optax.softmax_cross_entropy(logits, targets), 0)
-        accuracy = (logits.argmax(-1) == labels).sum() / count
-        return losses.sum() / count, (batch_stats, accuracy)
+        loss = optax.softmax_cross_entropy(logits, targets).mean()
+        return loss, (batch_stats, (logits.argmax(-1) == labels).mean())
 
     gradients_of = jax.value_and_grad(loss_of, has_aux=True)
 

@@ -23,6 +23,7 @@ from experiments.runtime import data, images
 from experiments.runtime.errors import UserError, exit_on_user_error
 from experiments.runtime.pipeline import Loading, Pipeline
 from experiments.runtime.sources import ArraySplit, EncodedSplit, Sample
+from experiments.runtime.sources.splits import digest_of
 
 _WIDTH, _HEIGHT, _QUALITY = 500, 375, 90
 
@@ -74,6 +75,9 @@ class _Photographs:
     def name_of(self, index: int) -> str:
         return f"photograph {index}"
 
+    def digest(self) -> str:
+        return digest_of(self._encoded)
+
 
 def main() -> None:
     """The command."""
@@ -93,7 +97,7 @@ def main() -> None:
 def _split(arguments: Arguments) -> EncodedSplit:
     if arguments.data is None:
         return _Photographs(arguments.images)
-    split = data.load(arguments.data, arguments.image_size, whole_images=True).train
+    split = data.on_disk(arguments.data).train
     assert not isinstance(split, ArraySplit)
     return split
 
