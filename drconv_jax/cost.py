@@ -86,7 +86,7 @@ def multiply_adds(model: nn.Module, input_shape: Sequence[int], **arguments: Any
         open_paths.add(path)
         y = call(*args, **kwargs)
         open_paths.remove(path)
-        params = module.variables.get("params", {})
+        params = nn.unbox(module.variables.get("params", {}))
         counter = next((c for kind, c in _COUNTERS.items() if isinstance(module, kind)), None)
         if counter is not None:
             for part, value in counter(module, params, args[0], y).items():
@@ -124,7 +124,7 @@ def _variables(
 ) -> Mapping[str, Any]:
     x = jax.ShapeDtypeStruct(tuple(input_shape), jnp.float32)
     variables: Mapping[str, Any] = jax.eval_shape(
-        lambda key, x: model.init(key, x, **arguments), jax.random.key(0), x
+        lambda key, x: nn.unbox(model.init(key, x, **arguments)), jax.random.key(0), x
     )
     return variables
 

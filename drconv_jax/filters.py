@@ -19,7 +19,9 @@ worth.
 
 A new generator starts well (both hold for each of them):
 
-- The filters have the scale of `kernel_init`: a new DRConv's output varies as a new `nn.Conv`'s.
+- The filters are those of `kernel_init`: a new DRConv's output varies as a new `nn.Conv`'s. Where
+  all mixing weights are at their middle, as they are for an input of zeros and nearly for others,
+  the filter is one draw of `kernel_init`, be that random, constant, orthogonal or the identity.
 - All regions of a sample start with the same filter. A network therefore begins as if its guide
   did not matter, and regions part as they learn. The two-layer generator at default initial values
   has neither property: it explodes with width and hands unlike filters to neighbouring positions.
@@ -28,13 +30,14 @@ A new generator starts well (both hold for each of them):
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from drconv_jax.boxes import boxed_as, unboxed
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import adaptive_average_pool
 from drconv_jax.mixing import Factors, mix
@@ -58,7 +61,7 @@ class FilterGenerator(NamedTuple):
         their last axis is the features'.
     """
 
-    init: Callable[..., dict[str, Array]]
+    init: Callable[..., dict[str, Any]]
     factors: Callable[..., Factors]
     last_layer: tuple[str, ...]
 
@@ -92,7 +95,7 @@ def init_pooled(
     feature_group_count: int = 1,
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
     param_dtype: DTypeLike = jnp.float32,
-) -> dict[str, Float[Array, ...]]:
+) -> dict[str, Any]:
     """Parameters of the paper's generator.
 
     Returns:
@@ -101,18 +104,18 @@ def init_pooled(
       `bank_bias` (m, in/groups, features): the 1x1 convolution in m groups, from each region's m
       mixing weights to its filter.
     """
-    mixing_key, *bank_keys = jax.random.split(key, 1 + regions)
+    mixing_key, bank_key = jax.random.split(key)
     shape = (*kernel_size, in_features // feature_group_count, features)
-    # One tap of a whole kernel: the taps share the bank, and kernel_init must see the true fan-in.
-    tap = (0,) * len(kernel_size)
-    bank = jnp.stack([kernel_init(k, shape, param_dtype)[tap] for k in bank_keys])
+    drawn, kernels = _draw_bank(bank_key, shape, regions, kernel_init, param_dtype)
+    # One tap of whole kernels: the taps share the bank, and kernel_init must see the true fan-in.
+    bank = kernels[(slice(None), *(0 for _ in kernel_size))]
     bank = bank * (2 / regions**0.5)  # a sum of m terms, each weighed by 1/2
     mixing = _mixing_init(mixing_key, (in_features, regions), param_dtype)
     return {
         "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
         "mixing_bias": jnp.zeros((regions, regions), param_dtype),
-        "bank_kernel": jnp.repeat(bank[None], regions, axis=0),
-        "bank_bias": jnp.zeros((regions, *shape[-2:]), param_dtype),
+        "bank_kernel": boxed_as(drawn, jnp.repeat(bank[None], regions, axis=0), kept=2),
+        "bank_bias": boxed_as(drawn, jnp.zeros((regions, *shape[-2:]), param_dtype), kept=2),
     }
 
 
@@ -159,7 +162,7 @@ def init_mixture(
     feature_group_count: int = 1,
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
     param_dtype: DTypeLike = jnp.float32,
-) -> dict[str, Float[Array, ...]]:
+) -> dict[str, Any]:
     """Parameters of the default generator with E experts.
 
     Returns:
@@ -168,14 +171,15 @@ def init_mixture(
       (m, E): what each region adds to it, zero at first; `bank_kernel` (E, *kernel, in/groups,
       features): the experts, shared by all regions.
     """
-    mixing_key, *bank_keys = jax.random.split(key, 1 + experts)
+    mixing_key, bank_key = jax.random.split(key)
     shape = (*kernel_size, in_features // feature_group_count, features)
+    drawn, bank = _draw_bank(bank_key, shape, experts, kernel_init, param_dtype)
     return {
         "shared_mixing_kernel": _mixing_init(mixing_key, (in_features, experts), param_dtype),
         "shared_mixing_bias": jnp.zeros(experts, param_dtype),
         "mixing_kernel": jnp.zeros((in_features, regions, experts), param_dtype),
         "mixing_bias": jnp.zeros((regions, experts), param_dtype),
-        "bank_kernel": jnp.stack([kernel_init(k, shape, param_dtype) for k in bank_keys]),
+        "bank_kernel": boxed_as(drawn, bank, kept=len(shape)),
     }
 
 
@@ -222,7 +226,7 @@ def init_experts(
     feature_group_count: int = 1,
     kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
     param_dtype: DTypeLike = jnp.float32,
-) -> dict[str, Float[Array, ...]]:
+) -> dict[str, Any]:
     """Parameters of the released code's generator.
 
     Returns:
@@ -241,11 +245,11 @@ def init_experts(
         kernel_init=kernel_init,
         param_dtype=param_dtype,
     )
-    shared = params["shared_mixing_kernel"]
+    shared, bank = params["shared_mixing_kernel"], params["bank_kernel"]
     return {
         "mixing_kernel": jnp.repeat(shared[:, None], regions, axis=1),
         "mixing_bias": params["mixing_bias"],
-        "bank_kernel": params["bank_kernel"] * experts**0.5,
+        "bank_kernel": boxed_as(bank, unboxed(bank) * experts**0.5, kept=unboxed(bank).ndim),
     }
 
 
@@ -264,6 +268,28 @@ def experts_factors(
     del kernel_size
     scale = 2 / params["bank_kernel"].shape[0]
     return _mixed_experts(params, x, scale, precision)
+
+
+def _draw_bank(
+    key: PRNGKeyArray,
+    shape: Sequence[int],
+    count: int,
+    kernel_init: Initializer,
+    param_dtype: DTypeLike,
+) -> tuple[Any, Float[Array, "count *kernel in_per_group features"]]:
+    """Filters whose sum, divided by sqrt(count), is one draw of `kernel_init`.
+
+    They differ from one another as independent draws do. Stacked as they come, such draws would
+    have a sum that varies as it should, but whose mean is sqrt(count) times that of `kernel_init`.
+
+    Returns:
+      That draw as `kernel_init` gave it, in its box if it has one, and the filters.
+    """
+    draws = [kernel_init(k, shape, param_dtype) for k in jax.random.split(key, 1 + count)]
+    first, *others = map(unboxed, draws)
+    bank = jnp.stack(others)
+    deviations = bank - bank.mean(axis=0, keepdims=True)
+    return draws[0], deviations + first[None] / count**0.5
 
 
 def _mixed_experts(

@@ -8,6 +8,7 @@ of its filter generator), the other is its bias.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,11 +22,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Var
 
+from drconv_jax.boxes import unboxed
 from drconv_jax.dtypes import accumulator
 from drconv_jax.filters import GENERATORS
 from drconv_jax.linen import DRConv
 
 Path = tuple[str, ...]
+_Shape = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +36,7 @@ class _Call:
     """A layer or a norm as it was called: its variables' shapes, its result's dtype."""
 
     module: Any
-    shapes: dict[Path, tuple[int, ...]]
+    shapes: dict[Path, _Shape]
     dtype: np.dtype
 
 
@@ -85,14 +88,13 @@ def fold_batch_norm(
         scale, shift = _scale_and_shift(calls[norm].module, flat, norm)
         for name in _linear_in(calls[layer].module):
             key = ("params", *layer, *name)
-            kernel = flat[key].astype(scale.dtype)
-            flat[key] = (kernel * _over(scale, kernel)).astype(flat[key].dtype)
+            flat[key] = jax.tree.map(functools.partial(_multiplied, scale), flat[key])
         key = ("params", *layer, "bias")
         if key in flat:
-            shift = shift + flat[key].astype(scale.dtype) * scale
+            flat[key] = jax.tree.map(functools.partial(_multiplied, scale, plus=shift), flat[key])
         else:
             biased.add(layer)
-        flat[key] = shift.astype(calls[layer].module.param_dtype)
+            flat[key] = shift.astype(calls[layer].module.param_dtype)
         folded[norm] = calls[norm].dtype
         for key in [key for key in flat if key[1 : len(norm) + 1] == norm]:
             del flat[key]
@@ -109,7 +111,7 @@ def fold_batch_norm(
             return args[0].astype(folded[path])
         y = call(*args, **kwargs)
         if context.method_name == "__call__" and path in biased:
-            bias: jax.Array = module.get_variable("params", "bias")
+            bias = unboxed(module.get_variable("params", "bias"))
             y = y + _over(bias.astype(y.dtype), y)
         return y
 
@@ -150,7 +152,8 @@ def _trace(
         else:
             y = mark(call(*args, **kwargs), path)
         seen = flatten_dict(module.variables)
-        calls[path] = _Call(module, {key: jnp.shape(v) for key, v in seen.items()}, y.dtype)
+        shapes = {key: _shape(v) for key, v in seen.items()}
+        calls[path] = _Call(module, shapes, y.dtype)
         return y
 
     def run(variables: Mapping[str, Any], *args: Any) -> Any:
@@ -206,21 +209,32 @@ def _scale_and_shift(
     norm: Any, flat: Mapping[Path, jax.Array], path: Path
 ) -> tuple[jax.Array, jax.Array]:
     """What a norm multiplies every channel by, and what it adds."""
-    mean, variance = (flat["batch_stats", *path, name] for name in ("mean", "var"))
+    mean, variance = (unboxed(flat["batch_stats", *path, name]) for name in ("mean", "var"))
     wide = accumulator(mean.dtype)
     scale = jax.lax.rsqrt(variance.astype(wide) + norm.epsilon)
     if norm.use_scale:
-        scale = scale * flat["params", *path, "scale"].astype(wide)
+        scale = scale * unboxed(flat["params", *path, "scale"]).astype(wide)
     shift = -mean.astype(wide) * scale
     if norm.use_bias:
-        shift = shift + flat["params", *path, "bias"].astype(wide)
+        shift = shift + unboxed(flat["params", *path, "bias"]).astype(wide)
     return scale, shift
 
 
-def _shapes_at(flat: Mapping[Path, jax.Array], path: Path) -> dict[Path, tuple[int, ...]]:
+def _shapes_at(flat: Mapping[Path, jax.Array], path: Path) -> dict[Path, _Shape]:
     """The shapes of a module's variables, by their collections and names in it."""
     end = len(path) + 1
-    return {(key[0], *key[end:]): jnp.shape(v) for key, v in flat.items() if key[1:end] == path}
+    return {(key[0], *key[end:]): _shape(v) for key, v in flat.items() if key[1:end] == path}
+
+
+def _shape(variable: Any) -> _Shape:
+    """The shape of every array in a variable, which is one array or a box of one."""
+    return tuple(jnp.shape(leaf) for leaf in jax.tree.leaves(variable))
+
+
+def _multiplied(scale: jax.Array, values: jax.Array, plus: jax.Array | float = 0.0) -> jax.Array:
+    """Values times a number for every channel, computed as widely as that number is."""
+    wide = values.astype(scale.dtype)
+    return (wide * _over(scale, wide) + plus).astype(values.dtype)
 
 
 def _over(channels: jax.Array, values: jax.Array) -> jax.Array:

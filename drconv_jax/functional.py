@@ -16,6 +16,7 @@ import numpy as np
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from drconv_jax.checks import check_count, check_guide_dtype
 from drconv_jax.dtypes import accumulator
 from drconv_jax.filters import GENERATORS
 from drconv_jax.geometry import Padding, canonical_tuple, resize_nearest, window_of
@@ -28,12 +29,12 @@ ParamInit = Callable[[PRNGKeyArray], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Hyperparameters:
-    """What a DRConv layer is, apart from its parameters.
+    """What a DRConv layer is, apart from its parameters and how they start.
 
     The fields are those of `drconv_jax.DRConv`; `promote_dtype` takes a tuple of arrays, as nnx's.
 
     Raises:
-      TypeError: a field that counts is no integer.
+      TypeError: a field that counts is no integer, or a dtype is not floating point.
       ValueError: a field is out of range.
     """
 
@@ -52,18 +53,24 @@ class Hyperparameters:
     dtype: Dtype | None
     param_dtype: Dtype
     precision: PrecisionLike
-    kernel_init: Initializer
-    bias_init: Initializer
     promote_dtype: Callable[..., Any]
     implementation: str | Sequence[str] | None
 
     def __post_init__(self) -> None:
         for name in ("features", "regions", "experts", "feature_group_count"):
+            check_count(name, getattr(self, name))
+        for name in ("dtype", "param_dtype"):
             value = getattr(self, name)
-            if not isinstance(value, (int, np.integer)):
-                raise TypeError(f"{name} must be an integer, got {value!r}.")
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
+            if value is not None and not jnp.issubdtype(value, jnp.floating):
+                raise TypeError(
+                    f"{name} must be a floating-point type such as float32, got "
+                    f"{jnp.dtype(value).name}."
+                )
+        if self.kernel_size is None or len(self.kernel) not in (1, 2, 3):
+            raise ValueError(
+                f"kernel_size must have 1, 2 or 3 entries, one for each spatial dimension, got "
+                f"{self.kernel_size!r}."
+            )
         if self.features % self.feature_group_count:
             raise ValueError(
                 f"feature_group_count must divide features={self.features}, got "
@@ -86,7 +93,7 @@ class Hyperparameters:
     @property
     def kernel(self) -> tuple[int, ...]:
         """The kernel's size; as in `flax.linen.Conv`, an integer is a 1-dimensional kernel."""
-        rank = 1 if isinstance(self.kernel_size, int) else len(self.kernel_size)
+        rank = len(self.kernel_size) if np.iterable(self.kernel_size) else 1
         return canonical_tuple("kernel_size", self.kernel_size, rank)
 
     @property
@@ -97,14 +104,49 @@ class Hyperparameters:
         return canonical_tuple("guide_kernel_size", self.guide_kernel_size, len(self.kernel))
 
 
+def refuse_unsupported(**arguments: Any) -> None:
+    """Raises where an argument that `nn.Conv` or `nnx.Conv` has, and DRConv cannot have, is given.
+
+    Raises:
+      ValueError: one is neither None nor, for a convolution, `jax.lax.conv_general_dilated`.
+    """
+    for name, value in arguments.items():
+        if value is not None and value is not jax.lax.conv_general_dilated:
+            raise ValueError(f"{name} must be left out of a DRConv: {_UNSUPPORTED[name]}")
+
+
+_OTHER_CONVOLUTION = (
+    "its filters differ from position to position, which no other convolution computes; "
+    "implementation chooses among those that do."
+)
+_UNSUPPORTED = {
+    "mask": (
+        "its filters are generated. To mask them, multiply the parameters they are mixed of by "
+        'the mask, ["filters"]["bank_kernel"] with the generators "mixture" and "experts".'
+    ),
+    "conv_general_dilated": _OTHER_CONVOLUTION,
+    "conv_general_dilated_cls": _OTHER_CONVOLUTION,
+    "preferred_element_type": (
+        "it sums in float32 whatever the dtype, and its output has the dtype of the computation. "
+        "Set dtype, or cast the output."
+    ),
+}
+
+
 def init(
-    hyper: Hyperparameters, in_features: int, *, with_guide: bool = True
+    hyper: Hyperparameters,
+    in_features: int,
+    *,
+    kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+    bias_init: Initializer = jax.nn.initializers.zeros,
+    with_guide: bool = True,
 ) -> dict[str, ParamInit]:
     """How to make each entry of the parameters, as functions of a key.
 
     Args:
       hyper: the layer.
       in_features: channels of its input.
+      kernel_init, bias_init: see `drconv_jax.DRConv`.
       with_guide: whether the layer predicts its own guide.
 
     Returns:
@@ -112,8 +154,10 @@ def init(
       guide convolution; "filters": the generator's parameters; "bias" (where there is one).
 
     Raises:
+      TypeError: in_features is no integer.
       ValueError: in_features is not a multiple of the groups.
     """
+    check_count("in_features", in_features, least=0)
     if in_features < 1 or in_features % hyper.feature_group_count:
         raise ValueError(
             f"the input must have channels in a multiple of "
@@ -137,7 +181,7 @@ def init(
             hyper.kernel,
             hyper.regions,
             feature_group_count=hyper.feature_group_count,
-            kernel_init=hyper.kernel_init,
+            kernel_init=kernel_init,
             param_dtype=hyper.param_dtype,
             **extra,
         )
@@ -145,7 +189,7 @@ def init(
     inits: dict[str, ParamInit] = {"guide": init_guide} if with_guide else {}
     inits["filters"] = init_filters
     if hyper.use_bias:
-        inits["bias"] = lambda key: hyper.bias_init(key, (hyper.features,), hyper.param_dtype)
+        inits["bias"] = lambda key: bias_init(key, (hyper.features,), hyper.param_dtype)
     return inits
 
 
@@ -169,7 +213,7 @@ def apply(
       mesh with Explicit axes, sharded along the batch as x is.
 
     Raises:
-      TypeError: guide is not floating point.
+      TypeError: x is complex, or guide is not floating point.
       ValueError: x or guide has a shape that does not fit.
     """
     rank = len(hyper.kernel)
@@ -179,17 +223,27 @@ def apply(
             f"kernel_size={hyper.kernel_size}, got {x.shape}."
         )
     batch = x.shape[: -rank - 1]
-    if guide is not None and not jnp.issubdtype(guide.dtype, jnp.floating):
-        raise TypeError(f"guide must be floating point, got {guide.dtype}.")
-    if guide is not None and (
-        guide.ndim != x.ndim
-        or guide.shape[-1] != hyper.regions
-        or guide.shape[: len(batch)] != batch
-    ):
-        raise ValueError(
-            f"guide must have shape (*batch, *spatial, regions) with batch {batch} and "
-            f"regions={hyper.regions}, got {guide.shape}."
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"the input must be real, got {x.dtype}: give its real and its imaginary part as "
+            "channels."
         )
+    if guide is not None:
+        check_guide_dtype(guide)
+        if (
+            guide.ndim != x.ndim
+            or guide.shape[-1] != hyper.regions
+            or guide.shape[: len(batch)] != batch
+        ):
+            raise ValueError(
+                f"guide must have shape (*batch, *spatial, regions) with batch {batch} and "
+                f"regions={hyper.regions}, got {guide.shape}."
+            )
+        if 0 in guide.shape[len(batch) :] and 0 not in x.shape:
+            raise ValueError(
+                f"guide must have at least one position in every spatial dimension, got shape "
+                f"{guide.shape}."
+            )
     return along_batch(functools.partial(_apply, hyper), batch_dims=len(batch))(
         x, dict(params), guide
     )
@@ -218,20 +272,23 @@ def _apply(
         guide = resize_nearest(guide, main.output_shape(padded.shape[1:-1]))
     guide = guide.astype(accumulator(guide.dtype))
 
-    factors = GENERATORS[hyper.filter_generator].factors(
-        params["filters"], x, hyper.kernel, precision=hyper.precision
-    )
-    y = mixed_region_conv(
-        x,
-        factors,
-        guide,
-        features=hyper.features,
-        kernel_size=hyper.kernel,
-        feature_group_count=hyper.feature_group_count,
-        precision=hyper.precision,
-        implementation=hyper.implementation,
-        **window,
-    )
+    if 0 in (*x.shape, *guide.shape):  # a convolution of nothing, or without any output
+        y = jnp.zeros_like(x, shape=(*guide.shape[:-1], hyper.features))
+    else:
+        factors = GENERATORS[hyper.filter_generator].factors(
+            params["filters"], x, hyper.kernel, precision=hyper.precision
+        )
+        y = mixed_region_conv(
+            x,
+            factors,
+            guide,
+            features=hyper.features,
+            kernel_size=hyper.kernel,
+            feature_group_count=hyper.feature_group_count,
+            precision=hyper.precision,
+            implementation=hyper.implementation,
+            **window,
+        )
     if hyper.use_bias:
         y = y + jnp.expand_dims(params["bias"], range(y.ndim - 1))
     if len(batch) != 1:

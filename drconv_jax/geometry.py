@@ -18,12 +18,12 @@ from jaxtyping import Array, Float, Shaped
 
 from drconv_jax.dtypes import accumulator
 
-Padding = str | int | Sequence[int | tuple[int, int]]
+Padding = str | int | Sequence[int | Sequence[int]]
 Length = Any
 """An integer or, in a program that is exported for inputs of any size, a symbol."""
 
 _WRAPPING_MODES = {"CIRCULAR": "wrap", "REFLECT": "reflect"}
-_PADDING_NAMES = ("SAME", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
+_PADDING_NAMES = ("SAME", "SAME_LOWER", "VALID", "CIRCULAR", "REFLECT", "CAUSAL")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,8 +77,8 @@ def canonical_tuple(name: str, value: int | Sequence[int] | None, rank: int) -> 
     if value is None:
         value = 1
     try:
-        entries = [value] * rank if np.ndim(value) == 0 else list(value)  # type: ignore[arg-type]
-        result = tuple(operator.index(entry) for entry in entries)  # type: ignore[arg-type]
+        entries = list(value) if np.iterable(value) else [value] * rank
+        result = tuple(_integer(entry) for entry in entries)
     except TypeError:
         raise TypeError(
             f"{name} must be an integer or a sequence of integers, got {value!r}."
@@ -121,6 +121,8 @@ def window_of(
       TypeError, ValueError: an argument is malformed; the message names it and its value.
     """
     rank = len(kernel_size)
+    if isinstance(padding, str) and padding.upper() in _PADDING_NAMES:
+        padding = padding.upper()  # as JAX takes "same" for "SAME"
     kernel_size = canonical_tuple("kernel_size", kernel_size, rank)
     strides = canonical_tuple("strides", strides, rank)
     input_dilation = canonical_tuple("input_dilation", input_dilation, rank)
@@ -140,8 +142,9 @@ def window_of(
             (low - (m - o), high) for (low, high), m, o in zip(pairs, main, own, strict=True)
         )
     else:
+        odd = padding == "SAME_LOWER"  # which puts the odd position of its padding before the input
         pairs = tuple(
-            (low - (m - o) // 2, high - (m - o - (m - o) // 2))
+            (low - (m - o + odd) // 2, high - (m - o - (m - o + odd) // 2))
             for (low, high), m, o in zip(pairs, main, own, strict=True)
         )
     if isinstance(padding, str) and padding in _WRAPPING_MODES:
@@ -209,7 +212,7 @@ def _padding_pairs(
 ) -> tuple[tuple[Length, Length], ...]:
     rank = len(extent)
     if isinstance(padding, str):
-        if padding == "SAME" or padding == "VALID":
+        if padding in ("SAME", "SAME_LOWER", "VALID"):
             return tuple(jax.lax.padtype_to_pads(spatial, extent, strides, padding))
         if padding in _WRAPPING_MODES:
             return tuple(((e - 1) // 2, e // 2) for e in extent)
@@ -224,12 +227,11 @@ def _padding_pairs(
             f"(low, high) pair per spatial dimension, got {padding!r}."
         )
     try:
-        entries: list[Any] = [padding] * rank if np.ndim(padding) == 0 else list(padding)  # type: ignore[arg-type]
+        entries: list[Any] = list(padding) if np.iterable(padding) else [padding] * rank
         pairs = tuple(
-            tuple(operator.index(side) for side in ((e, e) if np.ndim(e) == 0 else e))
-            for e in entries
+            tuple(_integer(side) for side in (e if np.iterable(e) else (e, e))) for e in entries
         )
-    except (TypeError, ValueError):
+    except TypeError:
         raise TypeError(
             f"padding must be made of integers or (low, high) pairs of integers, got {padding!r}."
         ) from None
@@ -239,6 +241,12 @@ def _padding_pairs(
             f"dimensions, got {padding!r}."
         )
     return pairs  # type: ignore[return-value]
+
+
+def _integer(value: Any) -> int:
+    if isinstance(value, (bool, np.bool_)):
+        raise TypeError
+    return operator.index(value)
 
 
 def tap_views(

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from drconv_jax.checks import check_count, check_guide_dtype
 from drconv_jax.dtypes import accumulator
 
 
@@ -87,7 +88,11 @@ def grid_features(height: int, width: int, regions: int) -> Float[Array, "height
 
     Returns:
       float32 guide features; not the paper's, which learns its regions.
+
+    Raises:
+      TypeError, ValueError: regions is no integer, or below 1.
     """
+    check_count("regions", regions)
     rows = max(n for n in range(1, regions + 1) if regions % n == 0 and n * n <= regions)
     columns = regions // rows
     row, column = jnp.arange(height) * rows // height, jnp.arange(width) * columns // width
@@ -95,8 +100,7 @@ def grid_features(height: int, width: int, regions: int) -> Float[Array, "height
 
 
 def _check(guide_features: Array) -> None:
-    if not jnp.issubdtype(guide_features.dtype, jnp.floating):
-        raise TypeError(f"guide features must be floating point, got {guide_features.dtype}.")
+    check_guide_dtype(guide_features)
     if guide_features.ndim == 0 or guide_features.shape[-1] < 1:
         raise ValueError(
             "guide features must have shape (*positions, regions) with at least one region, got "

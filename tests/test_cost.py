@@ -86,6 +86,18 @@ def test_one_layer_by_hand():
     }
 
 
+def test_boxed_parameters_and_small_letters_count_the_same():
+    init = nn.initializers.lecun_normal()
+    boxed = nn.with_partitioning(init, (None, None, None, "out"))
+    for layer in (nn.Conv, DRConv, functools.partial(DRConv, filter_generator="pooled")):
+        one, other = (
+            layer(4, (3, 3), padding=padding, kernel_init=kernel_init)
+            for padding, kernel_init in (("same", boxed), ("SAME", init))
+        )
+        for count in (multiply_adds, parameters):
+            assert count(one, (2, 8, 8, 6)) == count(other, (2, 8, 8, 6))
+
+
 def test_a_plain_network_against_the_compiler():
     """XLA counts two operations a multiply-add, and norms and activations besides."""
     model, x = create_model("mobilenet_v1_x0_25"), jnp.zeros((1, 64, 64, 3))

@@ -48,6 +48,41 @@ def test_new_layer_has_the_variance_of_a_new_convolution(generator, kernel, regi
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("regions", [1, 3])
+def test_a_new_filter_is_one_draw_of_kernel_init(generator, regions):
+    """Whatever kernel_init is: of an input of zeros, all mixing weights are at their middle."""
+
+    def filters(kernel_init, kernel_size, features=6):
+        generate = GENERATORS[generator]
+        params = generate.init(
+            jax.random.key(0), 4, features, kernel_size, regions, kernel_init=kernel_init
+        )
+        return generate.apply(params, jnp.zeros((1, 5, 5, 4)), kernel_size)[0]
+
+    for value in (0.0, 0.3, -2.0):
+        made = filters(nn.initializers.constant(value), (3, 3))
+        np.testing.assert_allclose(made, np.full((regions, 3, 3, 4, 6), value), rtol=1e-6)
+    for rotation in filters(nn.initializers.orthogonal(), (1, 1), features=4)[:, 0, 0]:
+        np.testing.assert_allclose(rotation @ rotation.T, np.eye(4), atol=1e-6)
+    uniform = filters(nn.initializers.uniform(1.0), (1, 1), features=1000)
+    assert -1e-6 < uniform.min() < 0.01 and 0.99 < uniform.max() < 1 + 1e-6
+    np.testing.assert_allclose(uniform.mean(), 0.5, atol=0.02)  # 4 standard deviations
+    np.testing.assert_allclose(uniform.var(), 1 / 12, atol=0.005)
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_the_filters_of_a_bank_vary_as_independent_draws(generator):
+    kernel_init = nn.initializers.normal(1.0)
+    init = GENERATORS[generator].init
+    bank = init(jax.random.key(0), 10, 2000, (1, 1), 4, kernel_init=kernel_init)["bank_kernel"]
+    bank = bank[0] if generator == "pooled" else bank
+    bank = bank.reshape(len(bank), -1)
+    scale = {"mixture": 1, "pooled": 2 / 4**0.5, "experts": 8**0.5}[generator]
+    covariance = np.cov(bank / scale)
+    np.testing.assert_allclose(covariance, np.eye(len(bank)), atol=0.04)  # 4 standard deviations
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
 def test_regions_start_alike_and_samples_apart(generator):
     generate = GENERATORS[generator]
     x = jax.random.normal(jax.random.key(1), (2, 6, 6, 4)) + 1

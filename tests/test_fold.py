@@ -228,3 +228,37 @@ def test_training_is_refused():
     apply, folded = fold_batch_norm(model, trained(model, jnp.zeros(x.shape)), x)
     with pytest.raises(ValueError, match="BatchNorm at 'stem_norm' .* such as train=False"):
         apply(folded, jnp.zeros(x.shape), train=True)
+
+
+@pytest.mark.parametrize("generator", ["mixture", "pooled"])
+def test_boxed_variables_stay_boxed(generator):
+    def network(box):
+        inits = dict(
+            kernel_init=box(nn.initializers.lecun_normal(), (None, None, None, "out")),
+            bias_init=box(nn.initializers.normal(), ("out",)),
+        )
+        scale_init = box(nn.initializers.normal(), ("out",))
+        return nn.Sequential(
+            [
+                DRConv(6, regions=3, filter_generator=generator, **inits),
+                norm(scale_init=scale_init),
+                nn.Conv(6, (3, 3), **inits),
+                norm(scale_init=scale_init),
+            ]
+        )
+
+    boxed, plain = network(nn.with_partitioning), network(lambda init, names: init)
+    variables = trained(plain, X)
+    in_boxes = nn.meta.replace_boxed(jax.eval_shape(boxed.init, KEY, X), variables)
+    apply, folded = fold_batch_norm(boxed, in_boxes, X)
+    _, expected = fold_batch_norm(plain, variables, X)
+    specs = nn.get_partition_spec(folded)["params"]
+    assert tuple(specs["layers_2"]["kernel"]) == (None, None, None, "out")
+    assert specs["layers_0"]["filters"]["bank_kernel"][-1] == "out"
+    assert tuple(specs["layers_0"]["bias"]) == ("out",)
+    for ours, theirs in zip(
+        jax.tree.leaves(nn.unbox(folded)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    y = jax.jit(plain.apply)(variables, X)
+    np.testing.assert_allclose(jax.jit(apply)(folded, X), y, rtol=1e-4, atol=1e-4)

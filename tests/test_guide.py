@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drconv_jax import guide_mask, region_index
+from drconv_jax import guide_mask, region_conv, region_index
 from drconv_jax.guide import grid_features
 
 
@@ -60,8 +60,15 @@ def test_vmap_agrees_with_the_whole():
 
 
 def test_bad_features(no_shape_checks):
-    with pytest.raises(TypeError, match="floating point, got int32"):
-        guide_mask(jnp.zeros((2, 3), jnp.int32))
+    remedy = "floating point, got int32: cast .*astype.*or .*jax.nn.one_hot"
+    for take in (guide_mask, region_index):
+        with pytest.raises(TypeError, match=remedy):
+            take(jnp.zeros((2, 3), jnp.int32))
+    with pytest.raises(TypeError, match=remedy):
+        x, filters = jnp.zeros((1, 5, 5, 4)), jnp.zeros((1, 3, 3, 3, 4, 6))
+        region_conv(x, filters, jnp.zeros((1, 5, 5, 3), jnp.int32))
+    with pytest.raises(ValueError, match="regions must be at least 1, got 0"):
+        grid_features(4, 4, 0)
     with pytest.raises(ValueError, match=r"at least one region, got \(2, 0\)"):
         region_index(jnp.zeros((2, 0)))
 

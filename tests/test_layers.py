@@ -1,4 +1,10 @@
+import contextlib
+import copy
+import dataclasses
+import functools
+import inspect
 import pickle
+import re
 import subprocess
 import sys
 
@@ -11,7 +17,7 @@ import pytest
 from flax import linen as nn
 from flax import nnx
 from jax.experimental import serialize_executable
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import drconv_jax
 from drconv_jax import DRConv
@@ -139,18 +145,380 @@ def test_bad_width():
         ShuffleNetV2(width=0.0).init(KEY, jnp.zeros((1, 32, 32, 3)))
 
 
-def test_a_third_position_is_strides_as_in_nn_conv():
-    x = jnp.ones((1, 6, 6, 4))
-    y = DRConv(5, (3, 3), 2).init_with_output(jax.random.key(0), x)[0]
-    assert y.shape == nn.Conv(5, (3, 3), 2).init_with_output(jax.random.key(0), x)[0].shape
+# Of flax's arguments, those that are of another kind here; everything else has flax's defaults.
+OWN_DEFAULTS = {"kernel_size", "kernel_init", "bias_init", "name", "parent"}
+
+
+def test_fields_stand_where_those_of_nn_conv_do():
+    ours, flaxs = (
+        {f.name: f for f in dataclasses.fields(cls) if f.name not in ("name", "parent")}
+        for cls in (DRConv, nn.Conv)
+    )
+    new = set(flaxs) - set(ours)
+    assert not new, f"the installed flax's nn.Conv has the new fields {new}: give them to DRConv"
+    assert list(ours)[: len(flaxs)] == list(flaxs)
+    for name in set(flaxs) - OWN_DEFAULTS:
+        assert ours[name].default == flaxs[name].default, name
+    assert first_argument(DRConv) == first_argument(nn.Conv)
+
+
+def test_arguments_stand_where_those_of_nnx_conv_do():
+    ours, flaxs = (
+        dict(inspect.signature(cls).parameters) for cls in (drconv_jax.nnx.DRConv, nnx.Conv)
+    )
+    new = set(flaxs) - set(ours)
+    assert not new, (
+        f"the installed flax's nnx.Conv has the new arguments {new}: give them to DRConv"
+    )
+    assert [name for name in ours if name in flaxs] == list(flaxs)
+    for name, argument in flaxs.items():
+        assert ours[name].kind == argument.kind, name
+        if name not in OWN_DEFAULTS:
+            assert ours[name].default == argument.default, name
+    assert first_argument(drconv_jax.nnx.DRConv) == first_argument(nnx.Conv)
+    calls = [
+        set(inspect.signature(c.__call__).parameters) for c in (nnx.Conv, drconv_jax.nnx.DRConv)
+    ]
+    assert calls[0] <= calls[1], f"the installed flax's nnx.Conv is called with {calls[0]}"
+
+
+def first_argument(cls):
+    return list(inspect.signature(cls.__call__).parameters)[1]
+
+
+def test_positions_as_in_flax():
+    args = (16, (3, 3), 2, "SAME", 1, 1, 1, True, None, jnp.bfloat16, jnp.float32)
+    (y, variables), (plain, _) = (cls(*args).init_with_output(KEY, X) for cls in (DRConv, nn.Conv))
+    assert (y.shape, y.dtype) == (plain.shape, plain.dtype)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(variables))
+    layers = [cls(4, 8, (3, 3), 2, rngs=nnx.Rngs(0)) for cls in (drconv_jax.nnx.DRConv, nnx.Conv)]
+    assert layers[0](X).shape == layers[1](X).shape
+
+
+@pytest.mark.parametrize(
+    "module,name,value",
+    [
+        ("linen", "mask", jnp.ones((3, 3, 4, 6))),
+        ("linen", "conv_general_dilated", jax.lax.conv),
+        ("linen", "conv_general_dilated_cls", object),
+        ("nnx", "mask", jnp.ones((3, 3, 4, 6))),
+        ("nnx", "conv_general_dilated", jax.lax.conv),
+        ("nnx", "preferred_element_type", jnp.float32),
+    ],
+)
+def test_what_has_no_meaning_is_refused_by_name(module, name, value):
+    with pytest.raises(ValueError, match=f"{name} must be left out of a DRConv: .*"):
+        if module == "linen":
+            DRConv(6, **{name: value}).init(KEY, X)
+        else:
+            drconv_jax.nnx.DRConv(4, 6, **{name: value}, rngs=nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(
+    "shape,arguments",
+    [
+        ((2, 9, 8, 4), dict(padding="same")),
+        ((2, 9, 8, 4), dict(padding="SAME_LOWER", strides=2)),
+        ((2, 9, 8, 4), dict(padding="same_lower", kernel_size=(2, 4))),
+        ((2, 9, 8, 4), dict(padding="Valid", strides=np.int64(2))),
+        ((2, 9, 8, 4), dict(padding=[1, (0, 2)], kernel_size=[3, 3], strides=[2, 1])),
+        ((2, 9, 4), dict(kernel_size=np.int64(3))),
+        ((2, 9, 4), dict(kernel_size=2, padding="CAUSAL", kernel_dilation=2)),
+        ((2, 3, 9, 4), dict(padding="VALID", kernel_size=(5, 5))),
+        ((2, 0, 9, 4), {}),
+        ((2, 0, 9, 4), dict(padding=2)),
+        ((0, 5, 9, 4), {}),
+    ],
+)
+def test_values_are_those_of_nn_conv_with_the_filter_that_all_regions_share(
+    shape, arguments, no_shape_checks
+):
+    fields = {"kernel_size": (3, 3), **arguments}
+    ones = jnp.ones((1, *(9 for _ in shape[1:-1]), 4))
+    layer = DRConv(6, **fields, regions=3, bias_init=nn.initializers.normal())
+    params = layer.init(KEY, ones)["params"]
+    bank = params["filters"]["bank_kernel"]
+    params["filters"] = {**jax.tree.map(jnp.zeros_like, params["filters"]), "bank_kernel": bank}
+    x = jax.random.randint(jax.random.key(2), shape, -9, 9)  # flax promotes integers
+    # flax takes neither numpy's integers nor JAX's names of paddings in small letters everywhere.
+    plain = {k: v.item() if isinstance(v, np.integer) else v for k, v in fields.items()}
+    kernel = {"kernel": bank.sum(0) / 8**0.5, "bias": params["bias"]}
+    with jax.numpy_dtype_promotion("standard"):
+        expected = nn.Conv(6, **plain).apply({"params": kernel}, x)
+        y = layer.apply({"params": params}, x)
+    assert (y.shape, y.dtype) == (expected.shape, expected.dtype)
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", ["circular", "reflect", "same_lower"])
+def test_names_of_paddings_in_small_letters(padding):
+    small, capital = (DRConv(6, padding=name, regions=3) for name in (padding, padding.upper()))
+    variables = small.init(KEY, X)
+    np.testing.assert_array_equal(small.apply(variables, X), capital.apply(variables, X))
+
+
+def test_same_lower_is_same_mirrored():
+    """With a kernel of even size, whose window has no middle, and a smaller one for the guide."""
+    lower, upper = (
+        DRConv(6, (4, 2), padding=padding, regions=3, guide_kernel_size=1)
+        for padding in ("SAME_LOWER", "SAME")
+    )
+    params = lower.init(KEY, X)["params"]
+    params["filters"]["mixing_bias"] = jnp.eye(3, 8)  # regions differ
+    bank = params["filters"]["bank_kernel"]
+    mirrored = {**params, "filters": {**params["filters"], "bank_kernel": bank[:, ::-1, ::-1]}}
+    expected = upper.apply({"params": mirrored}, X[:, ::-1, ::-1])[:, ::-1, ::-1]
+    np.testing.assert_allclose(lower.apply({"params": params}, X), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "fields,dtype,message",
+    [
+        ({}, jnp.complex64, "the input must be real, got complex64: give its real"),
+        (dict(param_dtype=jnp.complex64), jnp.float32, "param_dtype must be .* got complex64"),
+        (dict(param_dtype=jnp.int32), jnp.float32, "param_dtype must be .* got int32"),
+        (dict(dtype="complex64"), jnp.float32, "dtype must be a floating-point .* got complex64"),
+        (dict(kernel_size=True), jnp.float32, "kernel_size must be an integer .* got True"),
+        (dict(strides=(1, True)), jnp.float32, "strides must be an integer .* got .1, True."),
+        (dict(padding=True), jnp.float32, "padding must be made of integers .* got True"),
+    ],
+)
+def test_types_that_have_no_meaning(fields, dtype, message, no_shape_checks):
+    with pytest.raises(TypeError, match=message):
+        DRConv(6, **fields).init(KEY, jnp.ones((2, 9, 9, 4), dtype))
+
+
+@pytest.mark.parametrize("kernel_size", [(3, 3, 3, 3), (), None])
+def test_ranks_that_are_not_supported(kernel_size, no_shape_checks):
+    message = "kernel_size must have 1, 2 or 3 entries.* got"
+    with pytest.raises(ValueError, match=message):
+        DRConv(6, kernel_size).init(KEY, jnp.ones((1, 4, 4, 4, 4, 2)))
+    with pytest.raises(ValueError, match=message):
+        drconv_jax.nnx.DRConv(2, 6, kernel_size, rngs=nnx.Rngs(0))
+
+
+NAMES = {  # of the axes of filters' parameters, where a kernel's are (None, "taps", "in", "out")
+    "mixture": {"bank_kernel": (None, None, "taps", "in", "out")},
+    "experts": {"bank_kernel": (None, None, "taps", "in", "out")},
+    "pooled": {"bank_kernel": (None, None, "in", "out"), "bank_bias": (None, "in", "out")},
+}
+
+
+@pytest.mark.parametrize("generator", NAMES)
+@pytest.mark.parametrize("box", [nn.with_partitioning, nn.with_logical_partitioning])
+def test_names_of_a_kernels_axes_are_those_of_the_banks(generator, box):
+    inits = {"kernel_init": nn.initializers.lecun_normal(), "bias_init": nn.initializers.normal()}
+    plain = DRConv(6, filter_generator=generator, **inits)
+    boxed = DRConv(
+        6,
+        filter_generator=generator,
+        kernel_init=box(inits["kernel_init"], (None, "taps", "in", "out")),
+        bias_init=box(inits["bias_init"], ("out",)),
+    )
+    variables = boxed.init(KEY, X)
+    specs = nn.get_partition_spec(variables)["params"]
+    named = {name: tuple(spec) for name, spec in specs["filters"].items() if tuple(spec)}
+    assert named == NAMES[generator] and tuple(specs["bias"]) == ("out",)
+    expected = plain.init(KEY, X)
+    chex.assert_trees_all_equal(nn.unbox(variables), expected)
+    y = boxed.apply(variables, X)
+    np.testing.assert_array_equal(y, plain.apply(expected, X))
+
+    stack = nn.vmap(
+        DRConv,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )(
+        **{
+            f.name: getattr(boxed, f.name)
+            for f in dataclasses.fields(boxed)
+            if f.init and f.name not in ("parent", "name")
+        }
+    )
+    stacked = jax.eval_shape(stack.init, KEY, X[None])
+    specs = nn.get_partition_spec(stacked)["params"]["filters"]
+    named = {name: tuple(spec) for name, spec in specs.items() if tuple(spec)}
+    assert named == {name: ("layers", *names) for name, names in NAMES[generator].items()}
+
+
+def test_fewer_names_than_a_kernel_has_axes():
+    for generator, expected in (("mixture", (None, "x")), ("pooled", (None, None))):
+        kernel_init = nn.with_partitioning(nn.initializers.ones, ("x",))
+        variables = DRConv(6, filter_generator=generator, kernel_init=kernel_init).init(KEY, X)
+        spec = tuple(nn.get_partition_spec(variables)["params"]["filters"]["bank_kernel"])
+        assert spec == expected
+
+
+@pytest.mark.parametrize(
+    "generator,way",
+    [*((generator, "init") for generator in NAMES), ("mixture", "metadata"), ("mixture", "mesh")],
+)
+def test_nnx_names_of_a_kernels_axes_are_those_of_the_banks(generator, way):
+    mesh = jax.make_mesh((2, 2, 2), ("taps", "in", "out"), axis_types=(AxisType.Auto,) * 3)
+    names, bias = (None, None, "in", "out"), ("out",)
+    if way == "init":
+        kernel = {"kernel_init": nnx.with_partitioning(nnx.initializers.lecun_normal(), names)}
+    elif way == "metadata":
+        kernel = {"kernel_metadata": {"out_sharding": names, "decay": False}}
+    else:  # shardings that name the mesh themselves
+        names, bias = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (names, bias))
+        kernel = {"kernel_metadata": {"out_sharding": names}}
+    kernel["bias_metadata"] = {"out_sharding": bias}
+    with contextlib.nullcontext() if way == "mesh" else jax.set_mesh(mesh):
+        layer = drconv_jax.nnx.DRConv(4, 6, filter_generator=generator, **kernel, rngs=nnx.Rngs(0))
+    for name, expected in NAMES[generator].items():
+        spec = PartitionSpec(*(axis if axis != "taps" else None for axis in expected))
+        variable = layer.filters[name]
+        assert variable[...].sharding.spec == spec
+        assert (way == "metadata") == ("decay" in variable.get_metadata())
+        if way != "mesh":  # of which flax itself makes no partition spec
+            specs = nnx.get_partition_spec(nnx.state(layer))
+            assert specs["filters"][name].get_value() == spec
+    assert layer.bias[...].sharding.spec == PartitionSpec("out")
+    plain = drconv_jax.nnx.DRConv(4, 6, filter_generator=generator, rngs=nnx.Rngs(0))
+    chex.assert_trees_all_close(
+        nnx.to_pure_dict(nnx.state(layer)), nnx.to_pure_dict(nnx.state(plain))
+    )
+
+
+def test_the_sharding_of_an_nnx_layers_output():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        layer = drconv_jax.nnx.DRConv(4, 8, rngs=nnx.Rngs(0))
+        x = jax.device_put(jnp.tile(X, (4, 1, 1, 1)), PartitionSpec("data"))
+        y = layer(x, out_sharding=PartitionSpec(None, None, None, "data"))
+    assert jax.typeof(y).sharding.spec == PartitionSpec(None, None, None, "data")
+
+
+# What follows is said of nnx.Conv, and holds for DRConv as well.
+@pytest.fixture(params=[nnx.Conv, drconv_jax.nnx.DRConv], ids=["nnx.Conv", "DRConv"])
+def make_nnx(request):
+    """Makes a layer of 4 channels with initializers of its own, which no other layer has."""
+
+    def make(seed=0, out=4, **arguments):
+        inits = dict(
+            kernel_init=nnx.initializers.he_normal(), bias_init=nnx.initializers.constant(0.5)
+        )
+        return request.param(4, out, [3, 3], **inits, **arguments, rngs=nnx.Rngs(seed))
+
+    return make
+
+
+def test_nnx_layers_are_pytrees_of_equal_structure(make_nnx):
+    one, other = make_nnx(0), make_nnx(1)
+    assert nnx.graphdef(one) == nnx.graphdef(other)
+    assert hash(nnx.graphdef(one)) == hash(nnx.graphdef(other))
+    assert jax.tree.structure(one) == jax.tree.structure(other)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one, other)
+    for got, a, b in zip(*(jax.tree.leaves(m) for m in (mean, one, other)), strict=True):
+        np.testing.assert_array_equal(got, (a + b) / 2)
+    assert mean(X).shape == (2, 9, 9, 4)
+
+
+def test_an_nnx_layers_graphdef_is_a_static_argument(make_nnx):
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(graphdef, state, x):
+        return nnx.merge(graphdef, state)(x)
+
+    for layer in (make_nnx(0), make_nnx(1)):
+        expected = layer(X)
+        np.testing.assert_allclose(run(*nnx.split(layer), X), expected, rtol=1e-5, atol=1e-5)
+    assert run._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [
+        copy.deepcopy,
+        nnx.clone,
+        lambda layer: jax.tree.map(jnp.copy, layer),
+    ],
+)
+def test_copies_of_nnx_layers(make_nnx, duplicate):
+    layer = make_nnx()
+    copied, expected = duplicate(layer), layer(X)
+    nnx.update(layer, jax.tree.map(jnp.zeros_like, nnx.state(layer)))
+    np.testing.assert_array_equal(copied(X), expected)
+    assert not layer(X).any()
+
+
+def test_nnx_layers_are_pickled(make_nnx):
+    layer = make_nnx()
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(layer))(X), layer(X))
+
+
+def test_nnx_layers_in_stacks(make_nnx):
+    alone = [make_nnx(seed) for seed in range(3)]
+    states = [nnx.state(layer) for layer in alone]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    layers = nnx.merge(nnx.graphdef(alone[0]), stacked)
+    beside = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, X)
+    behind = nnx.scan(lambda layer, x: layer(x), in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+    y = X
+    for i, layer in enumerate(alone):
+        np.testing.assert_allclose(beside[i], layer(X), rtol=1e-4, atol=1e-5)
+        y = layer(y)
+    np.testing.assert_allclose(behind(layers, X), y, rtol=1e-3, atol=1e-4)
+
+
+def test_nnx_layers_learn_under_jit(make_nnx):
+    layer = make_nnx()
+
+    @nnx.jit
+    def step(layer):
+        loss, gradients = nnx.value_and_grad(lambda layer: (layer(X) ** 2).mean())(layer)
+        state = jax.tree.map(lambda p, g: p - 0.05 * g, nnx.state(layer), gradients)
+        nnx.update(layer, state)
+        return loss
+
+    losses = [step(layer) for _ in range(3)]
+    assert losses[2] < losses[1] < losses[0]
+
+
+def test_nnx_tabulate_leaves_layers_as_they_were(make_nnx):
+    layer = make_nnx()
+    expected = layer(X)
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(layer)))
+    assert f"Total Parameters: {count:,}" in nnx.tabulate(
+        layer, X, console_kwargs={"no_color": True}
+    )
+    np.testing.assert_array_equal(layer(X), expected)
+    assert make_nnx(1)(X).shape == expected.shape
+
+
+def test_arguments_of_nnx_layers_are_attributes(make_nnx):
+    given = dict(strides=2, padding="VALID", kernel_dilation=2, use_bias=False, dtype=jnp.bfloat16)
+    layer = make_nnx(out=6, **given)
+    for name, value in given.items():
+        assert getattr(layer, name) == value
+    assert (layer.in_features, layer.out_features, layer.kernel_size) == (4, 6, (3, 3))
+    assert layer.bias is None
+    layer.set_attributes(strides=1)
+    assert layer(X).shape == (2, 5, 5, 6)
+
+
+def test_nnx_layers_take_lists():
+    """Of which nnx.Conv makes a graphdef that has no hash."""
+    layer = drconv_jax.nnx.DRConv(
+        4, 6, [3, 3], [2, 2], padding=[[1, 1], [0, 1]], guide_kernel_size=[1, 1], rngs=nnx.Rngs(0)
+    )
+    hash(nnx.graphdef(layer))
+    assert nnx.jit(lambda layer, x: layer(x))(layer, X).shape == (2, 5, 4, 6)
 
 
 def test_counts_and_guides_of_another_type(no_shape_checks):
     x = jnp.ones((1, 6, 6, 4))
     with pytest.raises(TypeError, match=r"regions must be an integer, got 2\.5"):
         DRConv(5, regions=2.5).init(jax.random.key(0), x)
-    with pytest.raises(TypeError, match="guide must be floating point, got int32"):
-        DRConv(5).init(jax.random.key(0), x, guide=jnp.zeros((1, 6, 6, 8), jnp.int32))
+    with pytest.raises(TypeError, match=r"regions must be an integer, got True"):
+        DRConv(5, regions=True).init(jax.random.key(0), x)
+    for dtype in (jnp.int32, bool):
+        with pytest.raises(TypeError, match=f"got {dtype.__name__}: cast .*jax.nn.one_hot"):
+            DRConv(5).init(jax.random.key(0), x, guide=jnp.zeros((1, 6, 6, 8), dtype))
+    for shape in ((1, 0, 6, 8), (1, 6, 6, 0), (1, 0, 0, 8)):
+        with pytest.raises(ValueError, match=f"guide must have .* got .*{re.escape(str(shape))}"):
+            DRConv(5).init(jax.random.key(0), x, guide=jnp.zeros(shape))
 
 
 GENERATORS = pytest.mark.parametrize("generator", ["pooled", "mixture"])

@@ -42,6 +42,12 @@ def images(batch=8, size=32, seed=0):
     return jax.random.normal(jax.random.key(seed), (batch, size, size, 3))
 
 
+def few_stages(monkeypatch):
+    """Fewer stages of the networks that have many are as good for a test, and faster."""
+    for family, stages in ((mobilenet_v1, 3), (mobilenet_v2, 4)):
+        monkeypatch.setattr(family, "STAGES", family.STAGES[:stages])
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_every_name_builds(name):
     model = create_model(name, num_classes=7)
@@ -68,11 +74,47 @@ def test_bad_names_get_the_nearest():
 
 @pytest.mark.parametrize("network", TINY)
 def test_bad_fields(network, no_shape_checks):
-    with pytest.raises(ValueError, match="width must be positive, got -1.0"):
-        TINY[network](width=-1.0).init(jax.random.key(0), images(1))
+    bad = [
+        ("width", -1.0, ValueError, "width must be positive, got -1.0"),
+        ("width", float("inf"), ValueError, "width must be positive and finite, got inf"),
+        ("width", "1", TypeError, "width must be a number, got '1'"),
+        ("num_classes", 0, ValueError, "num_classes must be at least 1, got 0"),
+        ("num_classes", -3, ValueError, "num_classes must be at least 1, got -3"),
+        ("num_classes", True, TypeError, "num_classes must be an integer, got True"),
+        ("num_classes", 2.0, TypeError, "num_classes must be an integer, got 2.0"),
+    ]
     if network != "mobilenet_v1":
-        with pytest.raises(ValueError, match="placement must be .* got 'first'"):
-            TINY[network](placement="first").init(jax.random.key(0), images(1))
+        bad.append(("placement", "first", ValueError, "placement must be .* got 'first'"))
+    if network.startswith("mobilenet"):
+        bad.append(("stem_strides", 0, ValueError, "stem_strides must be at least 1, got 0"))
+    else:
+        bad += [
+            ("blocks", (1, 1), ValueError, r"blocks must have \d entries, got \(1, 1\)"),
+            ("blocks", 2, TypeError, r"blocks must be a sequence of \d integers, got 2"),
+        ]
+    if network == "shufflenet_v2":
+        bad += [
+            ("blocks", (1, 1, 0), ValueError, "every entry of blocks must be at least 1, got 0"),
+            ("stem_strides", 2, TypeError, "stem_strides must be a sequence of 2 integers, got 2"),
+            ("channels", (8, 8, 8), ValueError, "channels must have 5 entries"),
+            ("channels", (8, 8, 8, 9, 8), ValueError, "channels must be even .* got"),
+        ]
+    if network == "mobilefacenet":
+        bad.append(("embedding_size", 0, ValueError, "embedding_size must be at least 1, got 0"))
+    for field, value, error, message in bad:
+        with pytest.raises(error, match=message):
+            jax.eval_shape(TINY[network](**{field: value}).init, jax.random.key(0), images(1))
+
+
+@pytest.mark.parametrize("network", TINY)
+def test_what_is_no_batch_of_images(network, no_shape_checks):
+    for shape, message in (
+        ((32, 32, 3), r"\(batch, height, width, channels\), got .*32, 3\); for a single image"),
+        ((32, 32), r"got shape \(32, 32\)\."),
+        ((1, 32, 0, 3), r"got shape \(1, 32, 0, 3\)\."),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(TINY[network]().init, jax.random.key(0), jnp.zeros(shape))
 
 
 def test_features_do_not_make_a_head():
@@ -93,8 +135,7 @@ def test_features_do_not_make_a_head():
     ],
 )
 def test_trains_on_eight_devices(network, dynamic, mesh, monkeypatch):
-    for family, stages in ((mobilenet_v1, 3), (mobilenet_v2, 4)):  # fewer are as good, and faster
-        monkeypatch.setattr(family, "STAGES", family.STAGES[:stages])
+    few_stages(monkeypatch)
     model = TINY[network](**({"conv": DR, "guide": BlockGuide(3)} if dynamic else {}))
     by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
     x, labels = jax.device_put((images(), jax.nn.one_hot(jnp.arange(8) % 5, 5)), by_batch)
@@ -163,6 +204,63 @@ def test_baselines_are_one_argument_away(network):
     plain = count(nn.Conv)
     assert count(nn.ConvLocal) > plain  # a filter for every position
     assert plain < count(functools.partial(DRConv, regions=1)) < count(DR)
+
+
+class Pair(nn.Module):
+    """A convolution of a user's own that takes a guide; what else it is called with, it ignores."""
+
+    features: int
+    kernel_size: tuple
+    strides: int = 1
+    padding: int = 0
+    use_bias: bool = True
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x, guide=None):
+        x = DRConv(self.features, self.kernel_size, regions=5)(x, guide)
+        return DRConv(self.features, self.kernel_size, regions=5)(x, guide)
+
+
+class Subclass(DRConv):
+    pass
+
+
+ONE_REGION = functools.partial(DRConv, regions=1)
+
+
+@pytest.mark.parametrize(
+    "network,conv,guide,regions",
+    [
+        *((network, nn.Conv, BlockGuide(), None) for network in TINY),
+        *((network, ONE_REGION, BlockGuide(), 1) for network in TINY),
+        ("shufflenet_v2", nn.Conv, BlockGuide(4, pool=2), None),
+        ("shufflenet_v2", nn.ConvLocal, BlockGuide(), None),
+        ("shufflenet_v2", DRConv, BlockGuide(), 8),
+        ("shufflenet_v2", functools.partial(ONE_REGION, regions=4), BlockGuide(), 4),
+        ("shufflenet_v2", functools.partial(Subclass, regions=3), BlockGuide(start="grid"), 3),
+        ("shufflenet_v2", nn.remat(DRConv), BlockGuide(), 8),
+        ("shufflenet_v2", lambda *args, **fields: DR(*args, **fields), BlockGuide(), 3),
+        ("shufflenet_v2", Pair, BlockGuide(5), 5),
+    ],
+)
+def test_a_guide_fits_what_it_guides(network, conv, guide, regions, monkeypatch):
+    few_stages(monkeypatch)
+    model = TINY[network](conv=conv, guide=guide)
+    params = jax.eval_shape(model.init, jax.random.key(0), images(1))["params"]
+    for block in (part for name, part in params.items() if "block" in name):
+        guides = [path for path, _ in jax.tree.leaves_with_path(block) if "guide" in str(path)]
+        if regions is None:
+            assert not guides
+        else:  # its own, and none in a convolution
+            assert len(guides) == 1 and block["guide"]["kernel"].shape[-1] == regions
+
+
+def test_without_a_number_of_regions_there_is_no_guide():
+    model = create_model("dr_shufflenet_v2_x0_5", num_classes=5, conv=Pair, blocks=(1, 1, 1))
+    params = jax.eval_shape(model.init, jax.random.key(0), images(1))["params"]
+    assert "guide" not in params["stage2_block0"]
+    assert "guide" in params["stage2_block0"]["conv2"]["DRConv_0"]
 
 
 def test_placement_says_which_convolutions_are_dynamic():
@@ -256,7 +354,7 @@ def test_a_guide_can_start_as_a_grid_and_learns_from_there(pool):
     assert (regions(moved) != grid[None]).any()
 
 
-def test_bad_guides():
+def test_bad_guides(no_shape_checks):
     for fields, message in (
         ({"pool": 0}, "pool of a BlockGuide must be at least 1, got 0"),
         ({"regions": 0}, "regions of a BlockGuide must be at least 1, got 0"),
@@ -264,3 +362,8 @@ def test_bad_guides():
     ):
         with pytest.raises(ValueError, match=message):
             BlockGuide(**fields)
+    with pytest.raises(TypeError, match="pool of a BlockGuide must be an integer, got 1.5"):
+        BlockGuide(pool=1.5)
+    model = TINY["shufflenet_v2"](conv=DR, guide=BlockGuide(4))
+    with pytest.raises(ValueError, match=r"BlockGuide\(regions=4\) .* a DRConv with regions=3"):
+        jax.eval_shape(model.init, jax.random.key(0), images(1))

@@ -9,12 +9,13 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from drconv_jax.checks import check_count, check_counts
 from drconv_jax.models.parts import (
     BlockGuide,
     ConvFactory,
     Placement,
     block_convs,
-    check_width,
+    check_network,
     conv,
     depthwise_conv,
     norm,
@@ -117,7 +118,10 @@ class MobileFaceNet(nn.Module):
           features: whether to return, instead, the last feature map at every stride (2, 4, 8 and
             16), by stride; nothing behind them is run.
         """
-        check_width(self.width)
+        check_network(x, self.width, self.num_classes)
+        check_counts("blocks", self.blocks, 4, least=0)
+        if self.embedding_size is not None:
+            check_count("embedding_size", self.embedding_size)
 
         def block(x: Array, channels: int, expanded: int, strides: int, name: str) -> Array:
             module = Block(

@@ -6,11 +6,12 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from drconv_jax.checks import check_count
 from drconv_jax.models.parts import (
     BlockGuide,
     ConvFactory,
     block_convs,
-    check_width,
+    check_network,
     conv,
     depthwise_conv,
     norm,
@@ -87,7 +88,8 @@ class MobileNetV1(nn.Module):
           features: whether to return, instead, the last feature map at every stride, by stride;
             nothing behind them is run.
         """
-        check_width(self.width)
+        check_network(x, self.width, self.num_classes)
+        check_count("stem_strides", self.stem_strides)
         x = conv(
             x,
             scaled(_STEM_CHANNELS * self.width),

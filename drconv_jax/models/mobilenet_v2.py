@@ -6,12 +6,13 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from drconv_jax.checks import check_count
 from drconv_jax.models.parts import (
     BlockGuide,
     ConvFactory,
     Placement,
     block_convs,
-    check_width,
+    check_network,
     conv,
     depthwise_conv,
     norm,
@@ -108,7 +109,8 @@ class MobileNetV2(nn.Module):
           features: whether to return, instead, the last feature map at every stride, by stride;
             nothing behind them is run.
         """
-        check_width(self.width)
+        check_network(x, self.width, self.num_classes)
+        check_count("stem_strides", self.stem_strides)
         x = conv(
             x,
             scaled(_STEM_CHANNELS * self.width),

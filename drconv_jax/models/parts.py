@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
+import math
+import numbers
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -13,12 +16,16 @@ from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax import depthwise
+from drconv_jax.checks import check_count
 from drconv_jax.guide import grid_features
 
 ConvFactory = Callable[..., nn.Module]
 """Makes a convolution, called as `nn.Conv` is: `nn.Conv`, `functools.partial(DRConv, regions=8)`,
 `nn.ConvLocal` (the locally connected convolution of DeepFace), `functools.partial(DRConv,
 regions=1)` (a dynamic convolution: one filter a sample)."""
+
+GuideFor = Callable[[nn.Module], Array | None]
+"""Makes the guide features that a convolution is given, None where it takes none."""
 
 Conv = Callable[[Array, int, str], Array]
 
@@ -40,7 +47,7 @@ def conv(
     strides: int = 1,
     use_bias: bool = False,
     dtype: Dtype | None = None,
-    guide: Float[Array, "batch guide_height guide_width regions"] | None = None,
+    guide: GuideFor | None = None,
 ) -> Float[Array, "batch out_height out_width features"]:
     """A convolution, zero-padded by half of its kernel on every side.
 
@@ -52,7 +59,7 @@ def conv(
       kernel, strides: in both dimensions.
       use_bias: whether it has a bias.
       dtype: of the computation.
-      guide: given to the module besides x, if any.
+      guide: makes the guide features that the module is given besides x.
     """
     module = make(
         features,
@@ -63,7 +70,8 @@ def conv(
         dtype=dtype,
         name=name,
     )
-    result: Array = module(x) if guide is None else module(x, guide=guide)
+    features_of_guide = None if guide is None else guide(module)
+    result: Array = module(x) if features_of_guide is None else module(x, guide=features_of_guide)
     return result
 
 
@@ -106,8 +114,11 @@ def norm(
 class BlockGuide:
     """How a block makes a guide of its input, for all of its DRConvs, as the released code does.
 
+    It is made for convolutions that take one: whose call has an argument `guide`, and that say in
+    an attribute how many `regions` they have, unless this does. `nn.Conv` has none.
+
     Attributes:
-      regions: m, that of the DRConvs.
+      regions: m; None takes that of the convolutions that are guided.
       pool: averages the input over squares of this size, whose positions then have one region and
         cost one; 1 is the released code's.
       start: "random", the released code's, whose regions are those of a random 1x1 convolution; or
@@ -116,24 +127,41 @@ class BlockGuide:
         `GRID_PACE` squared as large.
 
     Raises:
+      TypeError: a number is no integer.
       ValueError: a number is below 1, or the start is unknown.
     """
 
-    regions: int = 8
+    regions: int | None = None
     pool: int = 1
     start: str = "random"
 
     def __post_init__(self) -> None:
-        for name in ("regions", "pool"):
-            if (value := getattr(self, name)) < 1:
-                raise ValueError(f"{name} of a BlockGuide must be at least 1, got {value}.")
+        if self.regions is not None:
+            check_count("regions of a BlockGuide", self.regions)
+        check_count("pool of a BlockGuide", self.pool)
         if self.start not in ("random", "grid"):
             raise ValueError(
                 f'start of a BlockGuide must be "random" or "grid", got {self.start!r}.'
             )
 
+    def regions_for(self, convolution: Any) -> int | None:
+        """The number of regions of the guide that a convolution is given; None gives it none.
+
+        Raises:
+          ValueError: the convolution has another number of regions than this guide.
+        """
+        if "guide" not in inspect.signature(convolution).parameters:
+            return None
+        own: int | None = getattr(convolution, "regions", None)
+        if None not in (own, self.regions) and own != self.regions:
+            raise ValueError(
+                f"BlockGuide(regions={self.regions}) does not fit a {type(convolution).__name__} "
+                f"with regions={own}; leave out one of the two numbers."
+            )
+        return self.regions if own is None else own
+
     def __call__(
-        self, x: Float[Array, "batch height width in"], dtype: Dtype | None = None
+        self, x: Float[Array, "batch height width in"], regions: int, dtype: Dtype | None = None
     ) -> Float[Array, "batch height width regions"]:
         """Guide features of a block's input, by a convolution named "guide"."""
         _, height, width, _ = x.shape
@@ -142,11 +170,11 @@ class BlockGuide:
             squares = (self.pool, self.pool)
             x = nn.avg_pool(x, squares, squares, padding, count_include_pad=False)
         if self.start == "random":
-            guide = conv(x, self.regions, "guide", dtype=dtype)
+            guide = conv(x, regions, "guide", dtype=dtype)
         else:
             make = functools.partial(nn.Conv, kernel_init=nn.initializers.zeros)
-            moved = GRID_PACE * conv(x, self.regions, "guide", make=make, dtype=dtype)
-            grid = grid_features(x.shape[1], x.shape[2], self.regions)
+            moved = GRID_PACE * conv(x, regions, "guide", make=make, dtype=dtype)
+            grid = grid_features(x.shape[1], x.shape[2], regions)
             guide = moved + grid.astype(moved.dtype)[None]
         if self.pool > 1:
             guide = guide.repeat(self.pool, axis=1).repeat(self.pool, axis=2)
@@ -166,7 +194,8 @@ def block_convs(
       x: the block's input, of which its guide is made.
       make: makes those convolutions that `placement` names.
       placement: "all" or "last".
-      guide: given to those; None leaves guides to the convolutions themselves.
+      guide: makes what those are given that take a guide; None leaves guides to the convolutions
+        themselves.
       dtype: of the computation.
 
     Raises:
@@ -174,8 +203,14 @@ def block_convs(
     """
     if placement not in ("all", "last"):
         raise ValueError(f'placement must be "all" or "last", got {placement!r}.')
-    features = None if guide is None else guide(x, dtype)
-    made = functools.partial(conv, make=make, guide=features, dtype=dtype)
+    made = functools.partial(conv, make=make, dtype=dtype)
+    if guide is not None:
+
+        @functools.cache
+        def shared(regions: int | None) -> Array | None:
+            return None if regions is None else guide(x, regions, dtype)
+
+        made = functools.partial(made, guide=lambda module: shared(guide.regions_for(module)))
     return made if placement == "all" else functools.partial(conv, dtype=dtype), made
 
 
@@ -188,10 +223,27 @@ def scaled(channels: float, divisor: int = 8) -> int:
     return rounded if rounded >= 0.9 * channels else rounded + divisor
 
 
-def check_width(width: float) -> None:
-    """Raises ValueError where a width multiplier is not positive."""
-    if not width > 0:
-        raise ValueError(f"width must be positive, got {width}.")
+def check_network(x: Any, width: Any, num_classes: Any) -> None:
+    """Raises where a network's input is no batch of images, or a field of all networks is wrong.
+
+    Raises:
+      TypeError: the width is no number, or num_classes no integer.
+      ValueError: the images have another shape, or a number is too small.
+    """
+    if x.ndim != 4 or 0 in x.shape[1:]:
+        hint = "; for a single image, give x[None]" if x.ndim == 3 else ""
+        raise ValueError(
+            f"x must be images of shape (batch, height, width, channels), got shape "
+            f"{x.shape}{hint}."
+        )
+    if isinstance(width, bool) or not isinstance(width, numbers.Real):
+        raise TypeError(f"width must be a number, got {width!r}.")
+    if not 0 < float(width) < math.inf:
+        raise ValueError(
+            f"width must be positive{' and finite' * (width == math.inf)}, got {width}."
+        )
+    if num_classes is not None:
+        check_count("num_classes", num_classes)
 
 
 def relu6(x: Array) -> Array:

@@ -34,7 +34,7 @@ def _networks() -> dict[str, Callable[..., nn.Module]]:
     dynamic: dict[str, Callable[..., nn.Module]] = {}
     for name, network in plain.items():
         dr = functools.partial(
-            network, conv=functools.partial(DRConv, regions=_REGIONS), guide=BlockGuide(_REGIONS)
+            network, conv=functools.partial(DRConv, regions=_REGIONS), guide=BlockGuide()
         )
         if name.startswith("mobilenet_v1"):  # has one 1x1 convolution in a block
             dynamic[f"dr_{name}"] = dr

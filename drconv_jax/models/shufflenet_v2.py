@@ -15,12 +15,13 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from drconv_jax.checks import check_counts
 from drconv_jax.models.parts import (
     BlockGuide,
     ConvFactory,
     Placement,
     block_convs,
-    check_width,
+    check_network,
     conv,
     depthwise_conv,
     norm,
@@ -154,6 +155,9 @@ class ShuffleNetV2(nn.Module):
           features: whether to return, instead, the last feature map at every stride, by stride;
             nothing behind them is run.
         """
+        check_network(x, self.width, self.num_classes)
+        check_counts("blocks", self.blocks, 3)
+        check_counts("stem_strides", self.stem_strides, 2)
         stem, *stages, last = _channels(self.width, self.channels)
         strides, pool_strides = self.stem_strides
         if self.layout not in ("paper", "megvii"):
@@ -192,13 +196,12 @@ class ShuffleNetV2(nn.Module):
 
 def _channels(width: float, channels: Sequence[int] | None) -> Sequence[int]:
     if channels is not None:
-        if len(channels) != 5 or min(channels) < 1 or any(c % 2 for c in channels[1:4]):
+        check_counts("channels", channels, 5)
+        if any(c % 2 for c in channels[1:4]):
             raise ValueError(
-                "channels must be five positive integers, the second to the fourth of them even, "
-                f"got {tuple(channels)}."
+                f"channels must be even from the second to the fourth, got {tuple(channels)}."
             )
         return channels
-    check_width(width)
     if width in _CHANNELS:
         return _CHANNELS[width]
     stem, *stages, last = _CHANNELS[1.0]

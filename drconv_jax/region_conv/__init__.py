@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from drconv_jax.checks import check_count, check_guide_dtype
 from drconv_jax.geometry import Padding, window_of
 from drconv_jax.region_conv import automatic, blocked, cpu, pallas
 from drconv_jax.region_conv.fused import RegionConv, fused
@@ -76,8 +77,7 @@ def region_conv(
             f"x and filters must have the same floating-point dtype, got {x.dtype} and "
             f"{filters.dtype}."
         )
-    if not jnp.issubdtype(guide_features.dtype, jnp.floating):
-        raise TypeError(f"guide_features must be floating point, got {guide_features.dtype}.")
+    check_guide_dtype(guide_features)
     if rank not in (1, 2, 3):
         raise ValueError(
             "x must have shape (batch, *spatial, in) with 1, 2 or 3 spatial dimensions, got "
@@ -89,10 +89,9 @@ def region_conv(
             f"{x.shape[0]} and {rank} kernel dimensions as x has, got {filters.shape}."
         )
     groups, (in_per_group, features) = feature_group_count, filters.shape[-2:]
-    if groups < 1 or features % groups:
-        raise ValueError(
-            f"feature_group_count must be at least 1 and divide features={features}, got {groups}."
-        )
+    check_count("feature_group_count", groups)
+    if features % groups:
+        raise ValueError(f"feature_group_count must divide features={features}, got {groups}.")
     if in_per_group * groups != x.shape[-1]:
         raise ValueError(
             f"filters of shape {filters.shape} read {in_per_group} channels in each of {groups} "
@@ -113,6 +112,8 @@ def region_conv(
             f"guide_features must have shape (batch, *out_spatial, regions) = {expected} with at "
             f"least one region for these x and filters, got {guide_features.shape}."
         )
+    if 0 in (*x.shape, *expected):  # a convolution of nothing, or without any output
+        return jnp.zeros_like(x, shape=(*expected[:-1], features))
     convolve = functools.partial(
         choose(implementation), window=window, groups=groups, precision=precision
     )
