@@ -46,6 +46,7 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
     Raises:
       UserError: the source is unknown, or there is something wrong with it.
     """
+    source = absolute(source)
     if size < 8:
         raise UserError(f"--image-size must be at least 8, got {size}.")
     kind, _, path = source.partition(":")
@@ -71,6 +72,17 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
     if whole_images or hold == "disk" or (hold == "auto" and take > _MEMORY):
         return dataset
     return _in_memory(path, dataset, size)
+
+
+def absolute(source: str) -> str:
+    """The same source, whatever the working folder is: its path absolute and without ~."""
+    kind, _, path = source.partition(":")
+    expanded = os.path.expanduser(path)
+    if not path or kind not in {"idx", *_KINDS}:
+        return source
+    if kind == "hf" and not os.path.exists(expanded):  # a name
+        return source
+    return f"{kind}:{os.path.abspath(expanded)}"
 
 
 def _in_memory(where: str, dataset: Dataset, size: int) -> Dataset:
