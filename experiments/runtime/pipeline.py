@@ -12,7 +12,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from experiments.runtime import images
+from experiments.runtime import images, preemption
 from experiments.runtime.errors import UserError
 from experiments.runtime.images import Pixels
 from experiments.runtime.recipes import Augment
@@ -124,8 +124,19 @@ class Pipeline:
         )
         if loading.workers:
             flags.FLAGS.mark_as_parsed()  # grain asks for its own, which have their defaults
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(loading.workers))
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(loading.workers), preemption.end_with_parent
+            )
+            return _with_workers(iter(batches))
         return iter(batches)
+
+
+def _with_workers(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches; with the first of them, their worker processes are started."""
+    with preemption.workers_unreached():
+        first = next(batches)
+    yield first
+    yield from batches
 
 
 def broken(batch: Batch) -> list[int]:

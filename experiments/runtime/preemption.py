@@ -6,15 +6,17 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 from experiments.runtime.errors import STATUS_OF_SIGNAL
 
 # Seconds that a process has to tidy up in before it is ended.
-_GRACE = 2.0
+_GRACE = 1.0
 
 
 @contextlib.contextmanager
@@ -29,6 +31,8 @@ def ending_at_once() -> Iterator[None]:
     def end(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
         _say(f"stopped by {name_of(number)}")
+        # Where the exception comes up in a callback that can raise none, Python would print it.
+        sys.unraisablehook = lambda _: None
         raise SystemExit(STATUS_OF_SIGNAL[number])
 
     def wait_for_a_signal() -> None:
@@ -70,21 +74,32 @@ def noticed() -> Iterator[Callable[[], signal.Signals | None]]:
         yield lambda: came
 
 
-def serve_the_parent(*_: Any) -> None:
-    """Makes a worker process end with the process that started it, and only then.
+@contextlib.contextmanager
+def workers_unreached() -> Iterator[None]:
+    """Keeps SIGTERM and Ctrl-C from worker processes that are started within.
 
     A terminal sends Ctrl-C to all processes of a command, a batch system SIGTERM to all of a job;
-    the one that started the workers still needs them to come to an end.
+    the process that started the workers still needs them to come to an end. They call
+    `end_with_parent`.
     """
-    for number in STATUS_OF_SIGNAL:
-        signal.signal(number, signal.SIG_IGN)
-    if parent := multiprocessing.parent_process():
+    resource_tracker.ensure_running()  # by itself it would let the signals through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STATUS_OF_SIGNAL)  # processes inherit it
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
-        def end_with_it() -> None:
-            parent.join()
-            os._exit(1)
 
-        threading.Thread(target=end_with_it, daemon=True).start()
+def end_with_parent(*_: Any) -> None:
+    """Makes a worker process end when the process that started it is gone, however that ended."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def name_of(number: int) -> str:
