@@ -13,7 +13,6 @@ import tyro
 from experiments.runtime import mesh, preemption, tpu
 from experiments.runtime.errors import exit_on_user_error
 
-
 Path = Annotated[
     pathlib.Path,
     tyro.constructors.PrimitiveConstructorSpec(

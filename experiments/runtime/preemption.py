@@ -28,9 +28,15 @@ def ending_at_once() -> Iterator[None]:
     signal too and ends the process when its time is up.
     """
 
+    unsaid = threading.Lock()
+
+    def say(number: int) -> None:
+        if unsaid.acquire(blocking=False):
+            _say(f"stopped by {name_of(number)}")
+
     def end(number: int, _: Any) -> None:
         signal.signal(number, signal.SIG_DFL)
-        _say(f"stopped by {name_of(number)}")
+        say(number)
         # Where the exception comes up in a callback that can raise none, Python would print it.
         sys.unraisablehook = lambda _: None
         raise SystemExit(STATUS_OF_SIGNAL[number])
@@ -38,6 +44,7 @@ def ending_at_once() -> Iterator[None]:
     def wait_for_a_signal() -> None:
         while numbers := os.read(receiver, 1):
             if numbers[0] in STATUS_OF_SIGNAL:
+                say(numbers[0])
                 time.sleep(_GRACE)
                 os._exit(STATUS_OF_SIGNAL[numbers[0]])
         os.close(receiver)
