@@ -48,12 +48,11 @@ def held(folder: pathlib.Path, option: str, *, new: bool = False) -> Iterator[pa
     made = [path for path in folder.parents if not path.exists()]
     with contextlib.ExitStack() as locks:
         try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
             if new:
                 folder = _made_anew(folder)
             if new or not folder.exists():
                 made.insert(0, folder)
-            folder.mkdir(exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
             _lock(folder, option, locks)
         except OSError as error:
             raise UserError(
@@ -125,7 +124,7 @@ def _made_anew(folder: pathlib.Path) -> pathlib.Path:
     for number in itertools.count(1):
         path = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
         with contextlib.suppress(FileExistsError):
-            path.mkdir()
+            path.mkdir(parents=True)
             return path
     raise AssertionError
 
