@@ -62,12 +62,12 @@ def test_a_folder_is_used_by_one_run_at_a_time_and_free_when_that_is_killed(tmp_
 def test_a_folder_of_a_run_on_another_host(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(run_folder, "_SILENCE", 2.0)
     folder = tmp_path / "run"
-    with holding(folder, ELSEWHERE) as process:
-        with (
-            pytest.raises(UserError, match=f"in use by process {process.pid} on elsewhere; "),
-            run_folder.held(folder, "--run-dir"),
-        ):
-            pass
+    with (
+        holding(folder, ELSEWHERE) as process,
+        pytest.raises(UserError, match=rf"in use by process {process.pid} on elsewhere; "),
+        run_folder.held(folder, "--run-dir"),
+    ):
+        pass
     with run_folder.held(folder, "--run-dir"):
         pass
     line = f'"{folder}" was last used by process {process.pid} on elsewhere; seeing whether that'

@@ -321,6 +321,23 @@ def test_where_nothing_is_to_save_a_signal_ends_the_process_at_once(busy, said, 
     assert (process.returncode, out, err) == (status, said, f"\nstopped by {name}\n")
 
 
+@pytest.mark.parametrize("mine", [{}, {"TPU_ACCELERATOR_TYPE": "v5p-8", "JAX_PLATFORMS": "cpu"}])
+def test_libtpu_is_quiet_where_there_is_no_tpu(mine):
+    """By itself it prints errors to stderr, where it is installed and JAX looks for a TPU."""
+    code = (
+        "import jax, os; from experiments.runtime import commands\n"
+        "with commands.running(): print(jax.devices(), os.environ['TPU_ACCELERATOR_TYPE'])"
+    )
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES")
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**env, **mine}, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stderr == ""
+    assert mine.get("TPU_ACCELERATOR_TYPE", "v5litepod-4") in result.stdout
+
+
 class Gone:
     """Batches of which the last are lost."""
 

@@ -370,7 +370,7 @@ def _check_epochs(before: Recipe, now: Recipe, step: int, steps_per_epoch: int) 
       steps_per_epoch: of both.
 
     Raises:
-      UserError: the learning rates of these steps would have been others, or the run is longer.
+      UserError: their learning rates would have been others, or the run is longer already.
     """
     if now.epochs == before.epochs:
         return
@@ -379,13 +379,13 @@ def _check_epochs(before: Recipe, now: Recipe, step: int, steps_per_epoch: int) 
         done = step / steps_per_epoch
         raise UserError(f"{change}: the run has {done:.3g} epochs behind it already.")
     taken = jnp.arange(step)
-    rates = (np.asarray(learning_rate(r, steps_per_epoch)(taken)) for r in (before, now))
-    if not np.array_equal(*rates):
+    so_far, anew = (np.asarray(learning_rate(r, steps_per_epoch)(taken)) for r in (before, now))
+    if not np.array_equal(so_far, anew):
         raise UserError(
-            f"{change}: the {now.schedule} schedule falls to zero over all epochs, so that the "
-            f"{step} steps taken had learning rates that a run of {now.epochs} epochs has not. "
-            "Begin a run in another folder; one with --train.schedule exponential can be continued "
-            "for any number of epochs."
+            f"{change}: with that, the {step} steps taken would have had other learning rates "
+            f"(--train.schedule {now.schedule}, --train.warmup-epochs {now.warmup_epochs}). Begin "
+            "a run in another folder; one with --train.schedule exponential that is longer than "
+            "its warm-up can be continued for any number of epochs."
         )
 
 

@@ -27,7 +27,6 @@ def ending_at_once() -> Iterator[None]:
     back from compiled code, which takes a minute where XLA compiles, so a thread waits for the
     signal too and ends the process when its time is up.
     """
-
     unsaid = threading.Lock()
 
     def say(number: int) -> None:

@@ -58,7 +58,7 @@ class Program:
 
     mesh: Mesh
     state: TrainState
-    batch: Batch
+    batch: dict[str, jax.ShapeDtypeStruct]
     init: jax.stages.Wrapped
     train_step: jax.stages.Wrapped
     eval_step: jax.stages.Wrapped
