@@ -25,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.ablation import plots, report, study
 from experiments.ablation.results import Results, Run
 from experiments.classification.__main__ import PRESETS
-from experiments.runtime import commands, configs, preemption
+from experiments.runtime import commands, configs, preemption, run_folder
 from experiments.runtime.errors import Preempted, UserError
 
 # XLA asks the system for its buffers anew at every step, which is cheaper in large pages. Other
@@ -84,7 +84,8 @@ def main() -> None:
     with commands.running():
         arguments = tyro.cli(Arguments, prog="python -m experiments.ablation", description=__doc__)
         results = Results(arguments.out)
-        _run_all(arguments, results)
+        with run_folder.held(arguments.runs, "--runs"):
+            _run_all(arguments, results)
         print(report.text(results.runs))
 
 
