@@ -346,7 +346,7 @@ class Gone:
 
     def __iter__(self):
         yield from self.batches
-        raise DataLost('"/images" cannot be read any more: it is gone.')
+        raise DataLost('"/images" cannot be read any more: it is gone')
 
 
 # An epoch is 5 training batches and 3 of evaluation. What is on the devices, but not yet trained

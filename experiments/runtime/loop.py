@@ -365,7 +365,7 @@ class _Run:
             newest = self.checkpoints.newest
             step = 0 if newest is None else int(newest.name)
         raise UserError(
-            f"{error} The run stopped at step {self.step}, and {step} steps are saved; when the "
+            f"{str(error).rstrip('.')}. The run stopped at step {self.step}, and {step} steps are saved; when the "
             f"data can be read again, continue with --resume {self.run_dir}"
         )
 

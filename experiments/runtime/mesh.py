@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.runtime.errors import Preempted, UserError
+from experiments.runtime.errors import DataLost, Preempted, UserError
 
 # Copies of the parameters, and the devices that hold one copy among them.
 _AXES = ("copy", "part")
@@ -112,12 +112,12 @@ def refusing_together() -> Iterator[None]:
     """Makes what one process refuses within an error of all of them, which then end alike.
 
     Raises:
-      UserError: on every process, if any has raised one within.
+      UserError: on every process, if any has raised one, or DataLost, within.
     """
     own: list[str] = []
     try:
         yield
-    except UserError as error:
+    except (UserError, DataLost) as error:
         own = [str(error)]
     if refused := strings_of_all_processes(own):
         raise UserError(" ".join(refused))
