@@ -174,7 +174,7 @@ class _Run:
         self.saved, self.mark = time.monotonic(), time.perf_counter()
         lead = meshes.leads()
         self.metrics = Metrics(run_dir, self.record.rows, self.step) if lead else None
-        self.progress = _progress(Console(quiet=not lead))
+        self.progress = _progress(Console(quiet=not lead, markup=False))
         self.task = self.progress.add_task(
             "", total=recipe.epochs * steps_per_epoch, completed=self.step, shown=""
         )
@@ -189,7 +189,10 @@ class _Run:
             with preemption.noticed() as self.stopped_by:
                 while len(self.record.rows) < self.recipe.epochs:
                     self._train_epoch()
-                    self._end_epoch()
+                    try:
+                        self._end_epoch()
+                    except DataLost as error:  # the epoch's steps are saved
+                        self._leave_without_data(error)
         self.checkpoints.close()
         skipped = meshes.strings_of_all_processes(list(self.skipped.values()))
         return Trained(self.state, self.record.rows[-1], skipped)
@@ -312,16 +315,13 @@ class _Run:
         split = self.dataset.test
         batches = self._placed(split, self.data.evaluation(split))
         sums: Any = None
-        try:
-            for results in _one_behind(self.eval_step(variables, b) for _, b in batches):
-                values = jax.tree.map(np.float64, jax.device_get(results))
-                sums = values if sums is None else jax.tree.map(np.add, sums, values)
-                stop, _ = self._requests(False)
-                if stop:  # the epoch's steps are saved, and evaluation begins anew
-                    self._save()
-                    self._leave(stop)
-        except DataLost as error:
-            self._leave_without_data(error)
+        for results in _one_behind(self.eval_step(variables, b) for _, b in batches):
+            values = jax.tree.map(np.float64, jax.device_get(results))
+            sums = values if sums is None else jax.tree.map(np.add, sums, values)
+            stop, _ = self._requests(False)
+            if stop:  # the epoch's steps are saved, and evaluation begins anew
+                self._save()
+                self._leave(stop)
         count = max(sums["count"], 1)
         return {
             "test_loss": float(sums["loss"] / count),
@@ -365,8 +365,8 @@ class _Run:
             newest = self.checkpoints.newest
             step = 0 if newest is None else int(newest.name)
         raise UserError(
-            f"{str(error).rstrip('.')}. The run stopped at step {self.step}, and {step} steps are saved; when the "
-            f"data can be read again, continue with --resume {self.run_dir}"
+            f"{str(error).rstrip('.')}. The run stopped at step {self.step}, and {step} steps are "
+            f"saved; when the data can be read again, continue with --resume {self.run_dir}"
         )
 
     def _refuse(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
