@@ -357,6 +357,12 @@ def test_the_number_of_epochs_changes_only_where_no_learning_rate_does():
     assert "the run has 5.2 epochs behind it already" in refusal(26, 5, schedule="exponential")
 
 
+def test_a_folder_from_which_checkpoints_cannot_be_read(begin, tmp_path):
+    code, error = begin("--run-dir", tmp_path / "run[1]", *TINY)
+    assert code == 2 and 'run[1]" has [ in it, and checkpoints written there cannot be' in error
+    assert not list(tmp_path.iterdir())
+
+
 def test_auto_resume_needs_a_folder(begin):
     code, error = begin("--auto-resume", *TINY)
     assert code == 2

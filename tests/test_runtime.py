@@ -158,19 +158,17 @@ def uninterrupted(compiled_once, dataset, tmp_path_factory):
 def test_a_run_that_a_signal_stopped_ends_as_if_it_never_had(
     batch, sent, status, name, dataset, tmp_path, signal_at, uninterrupted, capsys
 ):
-    folder = tmp_path / "[red]"  # which is no colour here
-    folder.mkdir()
     signal_at(batch, sent)
     with pytest.raises(Preempted) as stopped:
-        train(dataset, folder, RECIPE)
+        train(dataset, tmp_path, RECIPE)
     assert stopped.value.code == status
-    line = rf"stopped by {name} at step (\d+); continue with --resume {re.escape(str(folder))}\n"
+    line = rf"stopped by {name} at step (\d+); continue with --resume {re.escape(str(tmp_path))}\n"
     (step,) = re.findall(line, capsys.readouterr().out)
-    assert checkpoints_of(folder)[-1] == int(step)
-    assert len(rows_of(folder)) == (batch - 1) // 11
-    state, *_ = train(dataset, folder, RECIPE)
+    assert checkpoints_of(tmp_path)[-1] == int(step)
+    assert len(rows_of(tmp_path)) == (batch - 1) // 11
+    state, *_ = train(dataset, tmp_path, RECIPE)
     assert_same(state, uninterrupted[0])
-    assert rows_of(folder) == uninterrupted[1]
+    assert rows_of(tmp_path) == uninterrupted[1]
 
 
 DAMAGES = {

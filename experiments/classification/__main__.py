@@ -318,6 +318,11 @@ def _folder(arguments: Arguments, holding: contextlib.ExitStack) -> pathlib.Path
         return holding.enter_context(run_folder.held(new, option, new=True))
     if chosen.exists() and not chosen.is_dir():
         raise UserError(f'{option}: "{chosen}" is not a folder; name another.')
+    if found := set("*?[") & set(str(chosen.absolute())):
+        raise UserError(  # orbax looks for the parts of a checkpoint by a pattern
+            f'{option}: "{chosen.absolute()}" has {" and ".join(sorted(found))} in it, and '
+            "checkpoints written there cannot be read again; name another folder."
+        )
     if meshes.leads():
         holding.enter_context(run_folder.held(chosen, option))
     return chosen
