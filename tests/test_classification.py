@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+import types
 import zipfile
 from types import SimpleNamespace
 
@@ -18,7 +20,7 @@ from rich.console import Console
 
 from experiments.classification import __main__ as experiment
 from experiments.classification.__main__ import Arguments, Config, ModelConfig, Pods, main
-from experiments.runtime import data, loop, mesh
+from experiments.runtime import data, loop, mesh, sources
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import replacing
@@ -72,7 +74,8 @@ def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path,
         for path in tree.rglob("*.png"):
             target.write(path, path.relative_to(tmp_path))
     run = tmp_path / "run"
-    result = command("--data", f"folder:{archive}", "--run-dir", run, *TINY, env=env)
+    options = *TINY, "--train.schedule", "exponential", "--train.warmup-epochs", "0"
+    result = command("--data", f"folder:{archive}", "--run-dir", run, *options, env=env)
     assert result.returncode == 0, result.stderr
     assert "images/train/cat/0.png" in result.stderr
     report = json.loads((run / "report.json").read_text())
@@ -82,14 +85,16 @@ def test_a_run_from_a_zip_with_a_broken_image_and_its_resumption(tree, tmp_path,
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1] and rows[0]["step"] == 11 // 4
 
-    again = command("--data", f"folder:{archive}", "--run-dir", run, *TINY, env=env)
+    again = command("--data", f"folder:{archive}", "--run-dir", run, *options, env=env)
     assert again.returncode == 2 and "holds a run already" in again.stderr
 
-    config = json.loads((run / "config.json").read_text())
-    config["train"]["epochs"] = 2
-    (run / "config.json").write_text(json.dumps(config))
-    resumed = command("--resume", run, env=env)
+    moved = archive.rename(tmp_path / "moved.zip")
+    longer = "--resume", run, "--data", f"folder:{moved}", "--train.epochs", "2"
+    resumed = command(*longer, env=env)
     assert resumed.returncode == 0, resumed.stderr
+    assert "--train.epochs is 2 from now on; it was 1\n" in resumed.stdout
+    config = json.loads((run / "config.json").read_text())
+    assert (config["data"], config["train"]["epochs"]) == (f"folder:{moved}", 2)
     resumed_rows = (run / "metrics.jsonl").read_text().splitlines()
     assert json.loads(resumed_rows[0]) == rows[0] and len(resumed_rows) == 2
 
@@ -288,6 +293,121 @@ def in_process(monkeypatch, capsys):
         return stop.value.code, capsys.readouterr().err
 
     return call
+
+
+class Begun(SystemExit):
+    """A run would train now."""
+
+
+@pytest.fixture
+def begin(in_process, monkeypatch):
+    """Runs the command up to the training itself."""
+
+    def stop(*_, **__):
+        raise Begun("begun")
+
+    monkeypatch.setattr(experiment, "train", stop)
+    return in_process
+
+
+def test_runs_that_start_in_the_same_second(begin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    clock = types.SimpleNamespace(strftime=lambda _: "now", time=time.time)
+    monkeypatch.setattr(experiment, "time", clock)
+    for seed in range(3):
+        assert begin(*TINY, "--train.batch-size", 8, "--train.seed", seed)[0] == "begun"
+    folder = tmp_path / "runs" / "classification"
+    seeds = {
+        p.parent.name: json.loads(p.read_text())["train"]["seed"] for p in folder.glob("*/c*g.json")
+    }
+    assert seeds == {"small-now": 0, "small-now-2": 1, "small-now-3": 2}
+
+
+def test_what_may_change_where_a_run_goes_on(tree, begin, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = tmp_path / "run"
+    options = *TINY, "--train.batch-size", 8
+
+    def config():
+        return json.loads((run / "config.json").read_text())
+
+    assert begin("--run-dir=~/run", "--data", "folder:images", *options)[0] == "begun"
+    assert config()["data"] == f"folder:{tree}"
+    tree.rename(tmp_path / "moved")
+    changes = "--data=folder:~/moved", "--hold=disk", "--checkpoint.keep=3", "--train.remat"
+    assert begin("--resume=~/run", *changes, "--workers=1")[0] == "begun"
+    assert config()["data"] == f"folder:{tmp_path / 'moved'}" and config()["hold"] == "disk"
+    assert config()["checkpoint"]["keep"] == 3 and config()["train"]["remat"]
+    again = "--auto-resume", "--run-dir", run, *options, *changes[1:]
+    assert begin(*again, "--data=folder:moved")[0] == "begun"
+
+    saved = (run / "config.json").read_text()
+    for refused, message in (
+        (["--model.regions=3"], "--model.regions is 2, not 3; leave"),
+        (["--train.seed=1", "--image-size=8"], "--image-size is 16, not 8, --train.seed is 0, not"),
+        (["--run-dir", run], "has the run's options; leave out --run-dir."),
+        (["--recipe=small"], "has the run's options; leave out --recipe."),
+    ):
+        code, error = begin("--resume", run, *refused)
+        assert code == 2 and message in error
+    assert (run / "config.json").read_text() == saved
+
+
+def test_a_run_does_not_go_on_with_other_data(tree, begin, tmp_path, monkeypatch):
+    run, facts = tmp_path / "run", {"training images": 12}
+    monkeypatch.setattr(sources.Dataset, "identity", lambda _: facts, raising=False)
+    data = "--data", f"folder:{tree}"
+    assert begin("--run-dir", run, *data, *TINY, "--train.batch-size", 8)[0] == "begun"
+    assert json.loads((run / "data.json").read_text()) == {**facts, "steps in an epoch": 1}
+    facts["training images"] = 13
+    code, error = begin("--resume", run)
+    assert code == 2 and "other data: training images was 12 and is 13. Continue it with" in error
+    (run / "data.json").unlink()  # as of an older version
+    code, error = begin("--resume", run)
+    assert code == "begun" and "has no record of its data, being of an older version" in error
+    assert json.loads((run / "data.json").read_text())["training images"] == 13
+    (run / "data.json").unlink()
+    code, error = begin("--resume", run, "--data", f"folder:{tree.rename(tmp_path / 'moved')}")
+    assert code == 2 and "has no data.json, which tells whether" in error
+
+
+@pytest.mark.usefixtures("standard_promotion")
+def test_the_number_of_epochs_changes_only_where_no_learning_rate_does():
+    def refusal(step, epochs, **options):
+        before = Recipe(epochs=10, warmup_epochs=2.0, **options)
+        try:
+            experiment._check_epochs(
+                before, dataclasses.replace(before, epochs=epochs), step, steps_per_epoch=5
+            )
+        except UserError as error:
+            return str(error)
+
+    for schedule in ("cosine", "linear"):
+        assert refusal(50, 10, schedule=schedule) is None
+        assert refusal(10, 20, schedule=schedule) is None  # the warm-up's last step
+        assert re.match(
+            "--train.epochs cannot be 20 instead of 10: with that, the 12 steps taken would have "
+            rf"had other learning rates \(--train.schedule {schedule}, --train.warmup-epochs 2.0\)",
+            refusal(12, 20, schedule=schedule),
+        )
+    for step, epochs in ((50, 20), (25, 5), (24, 5)):
+        assert refusal(step, epochs, schedule="exponential") is None
+    assert "the run has 5.2 epochs behind it already" in refusal(26, 5, schedule="exponential")
+
+
+def test_a_folder_from_which_checkpoints_cannot_be_read(begin, tmp_path):
+    code, error = begin("--run-dir", tmp_path / "run[1]", *TINY)
+    assert code == 2 and 'run[1]" has [ in it, and checkpoints written there cannot be' in error
+    assert not list(tmp_path.iterdir())
+
+
+def test_auto_resume_needs_a_folder(begin):
+    code, error = begin("--auto-resume", *TINY)
+    assert code == 2
+    assert error == (
+        "error: --run-dir must be given with --auto-resume, to say which run to continue.\n"
+    )
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])

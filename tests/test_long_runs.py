@@ -1,5 +1,6 @@
 """What long runs meet, with real processes."""
 
+import contextlib
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import sys
 import time
 
 import pytest
+from PIL import Image
 from runs import SMALL, checkpoints_of, finish, rows_of, start, tensorboard
 
 
@@ -60,7 +62,58 @@ def test_other_options_do_not_continue_a_run(env, tmp_path):
     options = ["--run-dir", tmp_path, "--auto-resume", "--image-size", 16, "--train.epochs", 2]
     status, _, err = finish(start(*options, env=env))
     assert status == 2
-    assert "other options: image_size is 32, not 16, train.epochs is 15, not 2;" in err
+    assert "other options: --image-size is 32, not 16; leave these as they are" in err
+
+
+READING = """
+import os, signal, sys, time
+from experiments.runtime import data, preemption
+from experiments.runtime.pipeline import Loading, Pipeline
+
+if __name__ == "__main__":
+    split = data.load(f"folder:{sys.argv[1]}", 8, hold="disk").train
+    pipeline = Pipeline(2, 0, 1, 8, "none", False, 0, Loading(workers=2, threads=1))
+    with preemption.noticed() as stopped_by:
+        batches = pipeline.training(split, 0)
+        next(batches)
+        os.killpg(0, signal.SIGINT)
+        os.killpg(0, signal.SIGTERM)
+        read = [next(batches)["label"] for _ in range(20)]
+        print(stopped_by().name, len(read), flush=True)
+        time.sleep(1000)
+"""
+
+
+def test_worker_processes_end_with_their_parent_only(tmp_path):
+    for split in ("train", "test"):
+        for name in ("a", "b"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(2):
+                Image.new("RGB", (8, 8)).save(tmp_path / split / name / f"{i}.png")
+    process = subprocess.Popen(
+        [sys.executable, "-c", READING, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout.readline() == b"SIGINT 20\n"
+        process.kill()
+        # At its end when all are gone that have it: also the process that clears shared memory.
+        assert process.communicate(timeout=60) == (b"", None)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_ctrl_c_while_a_run_compiles(env, tmp_path):
+    cold = {k: v for k, v in env.items() if k != "JAX_COMPILATION_CACHE_DIR"}
+    process = start("--run-dir", tmp_path / "run", *SMALL, env=cold)
+    while "compiling" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    status, _, err = finish(process)
+    assert (status, err) == (130, "\nstopped by Ctrl-C\n")
 
 
 def mounting(script, **kw):

@@ -1,11 +1,16 @@
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+import time
+import types
 
 import jax
 import jax.numpy as jnp
@@ -109,10 +114,10 @@ def assert_same(state, other):
 
 
 @pytest.fixture
-def sigterm_at(monkeypatch):
-    """Sends this process SIGTERM when the given batch is asked for, counted over both splits."""
+def signal_at(monkeypatch):
+    """Sends this process a signal when the given batch is asked for, counted over both splits."""
 
-    def install(number):
+    def install(number, sent=signal.SIGTERM):
         count = 0
 
         placed = loop._Run._placed
@@ -122,7 +127,7 @@ def sigterm_at(monkeypatch):
             for batch in placed(run, split, batches):
                 count += 1
                 if count == number:
-                    os.kill(os.getpid(), signal.SIGTERM)
+                    os.kill(os.getpid(), sent)
                 yield batch
 
         monkeypatch.setattr(loop._Run, "_placed", counted)
@@ -143,14 +148,24 @@ def uninterrupted(compiled_once, dataset, tmp_path_factory):
 
 # An epoch is 5 training batches and, for the weights and their average, 3 and 3 of evaluation:
 # in the midst of the first, at the last step of the second, in the last evaluation of the third.
-@pytest.mark.parametrize("batch", [2, 16, 31])
-def test_a_run_that_sigterm_stopped_ends_as_if_it_never_had(
-    batch, dataset, tmp_path, sigterm_at, uninterrupted
+@pytest.mark.parametrize(
+    "batch,sent,status,name",
+    [
+        (2, signal.SIGTERM, 75, "SIGTERM"),
+        (16, signal.SIGINT, 130, "Ctrl-C"),
+        (31, signal.SIGTERM, 75, "SIGTERM"),
+    ],
+)
+def test_a_run_that_a_signal_stopped_ends_as_if_it_never_had(
+    batch, sent, status, name, dataset, tmp_path, signal_at, uninterrupted, capsys
 ):
-    sigterm_at(batch)
+    signal_at(batch, sent)
     with pytest.raises(Preempted) as stopped:
         train(dataset, tmp_path, RECIPE)
-    assert stopped.value.code == 75
+    assert stopped.value.code == status
+    line = rf"stopped by {name} at step (\d+); continue with --resume {re.escape(str(tmp_path))}\n"
+    (step,) = re.findall(line, capsys.readouterr().out)
+    assert checkpoints_of(tmp_path)[-1] == int(step)
     assert len(rows_of(tmp_path)) == (batch - 1) // 11
     state, *_ = train(dataset, tmp_path, RECIPE)
     assert_same(state, uninterrupted[0])
@@ -288,12 +303,120 @@ def test_a_disk_without_room_for_a_checkpoint(tmp_path, monkeypatch):
     assert checkpoints_of(tmp_path) == [1, 3]
 
 
-def test_a_second_sigterm_kills():
+@pytest.mark.parametrize("sent,other", [("SIGTERM", "SIGINT"), ("SIGINT", "SIGTERM")])
+def test_a_second_signal_of_a_kind_kills(sent, other):
+    sent, other = signal.Signals[sent], signal.Signals[other]
+    before = signal.getsignal(sent)
     with preemption.noticed() as came:
-        assert not came()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert came() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+        assert came() is None
+        os.kill(os.getpid(), sent)
+        assert came() == sent and signal.getsignal(sent) == signal.SIG_DFL
+        os.kill(os.getpid(), other)  # the ablation sends its runs SIGTERM after a Ctrl-C
+        assert came() == sent
+    assert signal.getsignal(sent) == before
+
+
+ENDING = """
+import hashlib, threading, time
+from experiments.runtime.preemption import ending_at_once
+with ending_at_once():
+    threading.Timer(0.5, print, ["started"], {{"flush": True}}).start()
+    try:
+        {}
+    finally:
+        print("tidied")
+"""
+
+
+@pytest.mark.parametrize("sent,status", [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+@pytest.mark.parametrize(
+    "busy,said",
+    [("time.sleep(1000)", "tidied\n"), ("hashlib.pbkdf2_hmac('md5', b'x', b'y', 2**31 - 1)", "")],
+    ids=["in Python", "in compiled code"],
+)
+def test_where_nothing_is_to_save_a_signal_ends_the_process_at_once(busy, said, sent, status):
+    process = subprocess.Popen(
+        [sys.executable, "-c", ENDING.format(busy)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "started\n"
+    process.send_signal(sent)
+    out, err = process.communicate(timeout=60)
+    name = "Ctrl-C" if sent == signal.SIGINT else "SIGTERM"
+    assert (process.returncode, out, err) == (status, said, f"\nstopped by {name}\n")
+
+
+@pytest.mark.parametrize("mine", [{}, {"TPU_ACCELERATOR_TYPE": "v5p-8", "JAX_PLATFORMS": "cpu"}])
+def test_libtpu_is_quiet_where_there_is_no_tpu(mine):
+    """By itself it prints errors to stderr, where it is installed and JAX looks for a TPU."""
+    code = (
+        "import jax, os; from experiments.runtime import commands\n"
+        "with commands.running(): print(jax.devices(), os.environ['TPU_ACCELERATOR_TYPE'])"
+    )
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("JAX_PLATFORMS", "TPU_WORKER_HOSTNAMES")
+    }
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**env, **mine}, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stderr == ""
+    assert mine.get("TPU_ACCELERATOR_TYPE", "v5litepod-4") in result.stdout
+
+
+class Gone:
+    """Batches of which the last are lost."""
+
+    def __init__(self, batches, count):
+        self.batches = itertools.islice(batches, count)
+
+    def __iter__(self):
+        yield from self.batches
+        raise DataLost('"/images" cannot be read any more: it is gone')
+
+
+# An epoch is 5 training batches and 3 of evaluation. What is on the devices, but not yet trained
+# with, is read again.
+@pytest.mark.parametrize("split,count,saved", [("training", 3, 2), ("evaluation", 1, 5)])
+def test_data_that_is_lost_stops_a_run_that_can_go_on(
+    split, count, saved, dataset, tmp_path, monkeypatch, uninterrupted
+):
+    batches = getattr(Pipeline, split)
+    with monkeypatch.context() as patch:
+        patch.setattr(Pipeline, split, lambda *args: iter(Gone(batches(*args), count)))
+        with pytest.raises(UserError) as stopped:
+            train(dataset, tmp_path, RECIPE)
+    assert str(stopped.value) == (
+        f'"/images" cannot be read any more: it is gone. The run stopped at step {saved}, and '
+        f"{saved} steps are saved; when the data can be read again, continue with --resume "
+        f"{tmp_path}"
+    )
+    assert checkpoints_of(tmp_path) == [saved]
+    state, *_ = train(dataset, tmp_path, RECIPE)
+    assert_same(state, uninterrupted[0])
+    assert rows_of(tmp_path) == uninterrupted[1]
+
+
+def test_no_steps_time_has_compiling_in_it(dataset, tmp_path, monkeypatch, capsys):
+    now = itertools.count()  # a clock on which everything takes a second but compiling
+    compiling = 10_000
+
+    class Slow(nn.Module):
+        @nn.compact
+        def __call__(self, x, *, train=False):
+            nonlocal now
+            now = itertools.count(next(now) + compiling)  # whenever it is traced
+            return nn.Dense(4)(jnp.mean(x, (1, 2)))
+
+    clock = types.SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic)
+    monkeypatch.setattr(loop, "time", clock)
+    train(dataset, tmp_path, Recipe(epochs=1, batch_size=8, augment="none"), Slow())
+    assert next(now) > 2 * compiling
+    (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert row["images_per_second"] > 40 / compiling
+    out = capsys.readouterr().out
+    assert out.index("compiling the training step and the evaluation\n") < out.index("epoch   1")
 
 
 def test_a_checkpoint_holds_the_state_at_the_time_of_saving(dataset, tmp_path):
@@ -322,9 +445,9 @@ def assert_close(rows, others):
 
 @pytest.mark.parametrize("devices,fsdp", [(4, 1), (8, 4)])
 def test_a_run_goes_on_with_other_devices_or_other_parts(
-    devices, fsdp, dataset, tmp_path, sigterm_at, uninterrupted
+    devices, fsdp, dataset, tmp_path, signal_at, uninterrupted
 ):
-    sigterm_at(4)
+    signal_at(4)
     with pytest.raises(Preempted):
         train(dataset, tmp_path, RECIPE)
     state, *_ = train(dataset, tmp_path, RECIPE, devices=jax.devices()[:devices], fsdp=fsdp)
@@ -514,9 +637,9 @@ def test_a_collapsed_guide_is_said(dataset, tmp_path, capsys):
     assert rows_of(tmp_path)[0]["regions"] == {"dynamic": {"used": 1, "of": 3, "entropy": 0.0}}
 
 
-def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, sigterm_at):
+def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, signal_at):
     recipe = Recipe(epochs=3, batch_size=8, augment="none")
-    sigterm_at(15)  # in the second epoch's evaluation; an epoch is 5 and 3 batches
+    signal_at(15)  # in the second epoch's evaluation; an epoch is 5 and 3 batches
     with pytest.raises(Preempted):
         train(dataset, tmp_path, recipe, Linear())
     train(dataset, tmp_path, recipe, Linear())

@@ -2,8 +2,9 @@
 
 Trains every network of experiments/ablation/study.py by the same recipe, several seeds each, as
 runs of experiments.classification that go side by side. What is finished is skipped, what was
-stopped is gone on with; SIGTERM stops it with status 75. --out gets results.json, results.md and
-a picture after every run. The data is CIFAR-10 as a tree of images or a zip of one.
+stopped is gone on with; SIGTERM (status 75) and Ctrl-C (130) stop it, and the runs under way, which
+save where they stand. --out gets results.json, results.md and a picture after every run. The data
+is CIFAR-10 as a tree of images or a zip of one.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from experiments.ablation import plots, report, study
 from experiments.ablation.results import Results, Run
 from experiments.classification.__main__ import PRESETS
-from experiments.runtime import configs, preemption
-from experiments.runtime.errors import Preempted, UserError, exit_on_user_error
+from experiments.runtime import commands, configs, preemption, run_folder
+from experiments.runtime.errors import Preempted, UserError
 
 # XLA asks the system for its buffers anew at every step, which is cheaper in large pages. Other
 # systems than Linux do not look at this.
@@ -46,9 +47,9 @@ class Arguments:
     """Of each run."""
     jobs: int | None = None
     """Runs at a time; default: one on every core."""
-    runs: pathlib.Path = pathlib.Path("runs/ablation")
+    runs: commands.Path = pathlib.Path("runs/ablation")
     """The runs' folders."""
-    out: pathlib.Path = pathlib.Path("docs/ablation")
+    out: commands.Path = pathlib.Path("docs/ablation")
     """Folder of results and pictures."""
 
     def __post_init__(self) -> None:
@@ -80,10 +81,11 @@ class _Job:
 
 def main() -> None:
     """The command."""
-    with exit_on_user_error():
+    with commands.running():
         arguments = tyro.cli(Arguments, prog="python -m experiments.ablation", description=__doc__)
         results = Results(arguments.out)
-        _run_all(arguments, results)
+        with run_folder.held(arguments.runs, "--runs"):
+            _run_all(arguments, results)
         print(report.text(results.runs))
 
 
@@ -97,7 +99,7 @@ def _run_all(arguments: Arguments, results: Results) -> None:
     print(f"{len(wanted)} runs, {len(wanted) - len(left)} of them finished before")
     free = _shares(arguments.jobs)
     going: list[_Job] = []
-    with _progress() as progress, preemption.noticed() as preempted, _ended_with_us(going):
+    with _progress() as progress, preemption.noticed() as stopped_by, _ended_with_us(going):
         task = progress.add_task("", total=len(left) * arguments.epochs, names="")
         done = 0
         while left or going:
@@ -107,8 +109,8 @@ def _run_all(arguments: Arguments, results: Results) -> None:
             epochs = done * arguments.epochs + sum(job.epochs() for job in going)
             progress.update(task, completed=epochs, names=names)
             time.sleep(0.5)
-            if preempted():
-                raise Preempted
+            if by := stopped_by():
+                raise Preempted(by)
             for job in [job for job in going if job.process.poll() is not None]:
                 going.remove(job)
                 free.append(job.cores)

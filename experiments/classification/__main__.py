@@ -3,7 +3,8 @@
 Without arguments: a small DR-ShuffleNetV2 on scikit-learn's handwritten digits, in a few minutes on
 a CPU. The run's folder gets config.json, metrics.jsonl, tensorboard/, checkpoints/, report.json and
 guide_masks.png. Exit status: 0 when the run is done, 2 for a mistake that is the user's to mend, 75
-when SIGTERM stopped the run and it can be resumed.
+when SIGTERM and 130 when Ctrl-C stopped the run; both save where it stands, for --resume, and end
+at once where no step has been taken yet.
 """
 
 from __future__ import annotations
@@ -29,15 +30,15 @@ from rich.console import Console
 
 from drconv_jax import viz
 from experiments.classification.model import ModelConfig
-from experiments.runtime import configs, data, dry_run, images, sources
+from experiments.runtime import commands, configs, data, dry_run, images, run_folder, sources
 from experiments.runtime import mesh as meshes
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.data import Hold
-from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime.errors import UserError
 from experiments.runtime.files import replacing, write_text
 from experiments.runtime.loop import steps_per_epoch, train
 from experiments.runtime.pipeline import Loading
-from experiments.runtime.recipes import RECIPES, Recipe
+from experiments.runtime.recipes import RECIPES, Recipe, learning_rate
 from experiments.runtime.training import normalize
 
 
@@ -70,13 +71,18 @@ PRESETS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Chosen:
-    """The preset that all other options start from."""
+Preset = Literal["small", "imagenet", "mobilenet"]
 
-    recipe: Literal["small", "imagenet", "mobilenet"] = "small"
-    """What all other options start from: "imagenet" trains as the ShuffleNetV2 paper does,
-    "mobilenet" as torchvision trains MobileNetV2."""
+# What may be other than before where a run goes on; the number of epochs as _check_epochs says.
+_MAY_CHANGE = ("data", "hold", "train.epochs", "train.remat", "checkpoint.")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Start:
+    """Where all other options start from."""
+
+    recipe: Preset | None = None
+    resume: commands.Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,18 +107,26 @@ class Pods:
 
 
 @dataclasses.dataclass(frozen=True)
-class Arguments(_Chosen):
+class Arguments:
     """Trains a network, with DRConv or plain, to classify images."""
 
+    recipe: Preset = "small"
+    """What all other options start from: "imagenet" trains as the ShuffleNetV2 paper does,
+    "mobilenet" as torchvision trains MobileNetV2."""
     show: bool = False
     """Only print all options, and where they differ from the recipe's."""
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
-    run_dir: pathlib.Path | None = None
+    run_dir: commands.Path | None = None
     """Folder for this run, which must not hold one yet; default: runs/ and the time."""
     auto_resume: bool = False
-    """If --run-dir holds a run of these very options, continue it."""
-    resume: pathlib.Path | None = None
-    """Continue the run in this folder, with the options it was started with."""
+    """If --run-dir holds a run already, continue it; options that --resume would refuse to change
+    must be as they were."""
+    resume: commands.Path | None = None
+    """Continue the run in this folder, with its own options. These may be given anew: --data, if
+    the same data is elsewhere now; --hold, --workers, --threads, --train.remat, --checkpoint.* and
+    where to run; --train.epochs, if the learning rates of the steps behind it would have been the
+    same: always with the exponential schedule, during warm-up with the others, which end at zero
+    after the last epoch."""
     placement: Annotated[meshes.Placement, tyro.conf.arg(name="")] = dataclasses.field(
         default_factory=meshes.Placement
     )
@@ -122,7 +136,7 @@ class Arguments(_Chosen):
 
 def main() -> None:
     """The command."""
-    with meshes.leaving_at_once(), exit_on_user_error():
+    with commands.running():
         arguments = _parse()
         if arguments.show:
             preset = arguments.recipe
@@ -132,40 +146,67 @@ def main() -> None:
             _dry_run(arguments)
             return
         meshes.join_processes(arguments.placement)
-        if arguments.resume is None:
-            config, run_dir = arguments.config, _folder(arguments)
-        else:
-            config, run_dir = _resumed_config(arguments), arguments.resume
-        run(config, run_dir, meshes.make_mesh(arguments.placement.fsdp), arguments.loading)
+        mesh = meshes.make_mesh(arguments.placement.fsdp)
+        with contextlib.ExitStack() as holding:
+            with meshes.refusing_together():
+                run_dir = _folder(arguments, holding)
+            with meshes.refusing_together():
+                before = _options_before(arguments, run_dir)
+            run(arguments.config, run_dir, mesh, arguments.loading, before)
 
 
-def run(config: Config, run_dir: pathlib.Path, mesh: Mesh, loading: Loading = Loading()) -> None:
-    """Trains by `config` in `run_dir`, continuing what is there, and writes the report."""
-    dataset = data.load(
-        config.data,
-        config.image_size,
-        hold=config.hold,
-        whole_images=config.train.augment == "resized-crop",
-    )
-    for line in dataset.left_out:
-        print(f"left out: {line}", file=sys.stderr)
-    for line in dataset.skipped[:5]:
-        print(f"skipped {line}", file=sys.stderr)
-    if len(dataset.skipped) > 5:
-        print(f"skipped {len(dataset.skipped)} images in all; see report.json", file=sys.stderr)
-    model = config.model.build(len(dataset.classes))
-    try:
-        jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, *[config.image_size] * 2, 3)))
-    except (ValueError, ArithmeticError) as error:
-        raise UserError(f"--model: {error}") from None
-    steps_per_epoch(dataset, config.train)
-    meshes.check_batch(config.train.batch_size, mesh, config.train.accumulate)
-    meshes.meet("all processes have looked at the run's folder")
+def run(
+    config: Config,
+    run_dir: pathlib.Path,
+    mesh: Mesh,
+    loading: Loading = Loading(),
+    before: Config | None = None,
+) -> None:
+    """Trains by `config` in `run_dir`, and writes the report.
+
+    Args:
+      config: the options.
+      run_dir: the run's folder, which no other run uses meanwhile.
+      mesh: where to train.
+      loading: how images come from a disk.
+      before: the options so far of the run in the folder, which goes on; None for a new one.
+    """
     leads = meshes.leads()
+    with meshes.refusing_together():
+        dataset = data.load(
+            config.data,
+            config.image_size,
+            hold=config.hold,
+            whole_images=config.train.augment == "resized-crop",
+        )
+        for line in dataset.left_out:
+            print(f"left out: {line}", file=sys.stderr)
+        for line in dataset.skipped[:5]:
+            print(f"skipped {line}", file=sys.stderr)
+        if len(dataset.skipped) > 5:
+            print(f"skipped {len(dataset.skipped)} images in all; see report.json", file=sys.stderr)
+        model = config.model.build(len(dataset.classes))
+        try:
+            jax.eval_shape(
+                model.init, jax.random.key(0), jnp.zeros((1, *[config.image_size] * 2, 3))
+            )
+        except (ValueError, ArithmeticError) as error:
+            raise UserError(f"--model: {error}") from None
+        steps = steps_per_epoch(dataset, config.train)
+        meshes.check_batch(config.train.batch_size, mesh, config.train.accumulate)
+        recorded = before is not None and run_folder.has_data_record(run_dir)
+        if before is not None:
+            _check_epochs(before.train, config.train, run_folder.newest_step(run_dir), steps)
+            if not recorded:
+                _take_the_data_for_the_same(before.data, config.data, run_dir)
+        facts = {**dataset.identity(), "steps in an epoch": steps}
+        if leads and not recorded:
+            run_folder.record_data(run_dir, facts)
+    with meshes.refusing_together():
+        run_folder.check_data(run_dir, facts)
     if leads:
         config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         try:
-            run_dir.mkdir(parents=True, exist_ok=True)
             write_text(run_dir / "config.json", config_text)
             write_text(run_dir / "classes.json", json.dumps(list(dataset.classes)) + "\n")
         except OSError as error:
@@ -252,52 +293,138 @@ def _dry_run(arguments: Arguments) -> None:
 
 
 def _parse() -> Arguments:
-    """The arguments, whose defaults are those of the recipe among them."""
+    """The arguments, whose defaults are those of a recipe, or of the run that --resume names."""
     program = "python -m experiments.classification"
-    chosen, _ = tyro.cli(_Chosen, prog=program, return_unknown_args=True, add_help=False)
-    default = Arguments(recipe=chosen.recipe, config=PRESETS[chosen.recipe])
-    return tyro.cli(Arguments, prog=program, description=__doc__, default=default)
+    start, _ = tyro.cli(_Start, prog=program, return_unknown_args=True, add_help=False)
+    preset = start.recipe or "small"
+    config = PRESETS[preset] if start.resume is None else read_config("--resume", start.resume)
+    arguments = tyro.cli(
+        Arguments,
+        prog=program,
+        description=__doc__,
+        default=Arguments(recipe=preset, config=config),
+    )
+    if start.resume is not None:
+        for option, given in (
+            ("--recipe", start.recipe),
+            ("--run-dir", arguments.run_dir),
+            ("--auto-resume", arguments.auto_resume),
+        ):
+            if given:
+                raise UserError(
+                    f"--resume {start.resume} names the run's folder, which has the run's options; "
+                    f"leave out {option}."
+                )
+    config = dataclasses.replace(arguments.config, data=data.absolute(arguments.config.data))
+    return dataclasses.replace(arguments, config=config)
 
 
-def _folder(arguments: Arguments) -> pathlib.Path:
-    """The folder of a run that begins, or of one that --auto-resume continues."""
-    config, run_dir = arguments.config, arguments.run_dir
-    if run_dir is None:
-        if arguments.auto_resume or jax.process_count() > 1:
-            raise UserError("--run-dir must be given with --auto-resume and several processes.")
-        name = f"{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-        return pathlib.Path("runs") / "classification" / name
-    if run_dir.exists() and not run_dir.is_dir():
-        raise UserError(f'--run-dir: "{run_dir}" is not a folder; name another.')
-    if (run_dir / "config.json").exists():
-        if not arguments.auto_resume:
-            raise UserError(
-                f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, '
-                "or name another folder."
-            )
-        if changed := configs.differences(config, read_config("--auto-resume", run_dir)):
-            options = ", ".join(f"{k} is {old}, not {new}" for k, (new, old) in changed.items())
-            raise UserError(
-                f'--auto-resume: the run in "{run_dir}" has other options: {options}; give these, '
-                "or name another folder."
-            )
-        return run_dir
-    for name in ("checkpoints", "metrics.jsonl"):
-        if (run_dir / name).exists():
-            raise UserError(
-                f'--run-dir: "{run_dir}" holds the {name} of a run without its config.json; name '
-                "another folder."
-            )
-    return run_dir
-
-
-def _resumed_config(arguments: Arguments) -> Config:
-    where = {name: getattr(arguments, name) for name in ("resume", "placement", "loading")}
-    if arguments != Arguments(**where):
-        raise UserError(
-            "--resume takes the run's own options; give no other option with it but where to run."
+def _folder(arguments: Arguments, holding: contextlib.ExitStack) -> pathlib.Path:
+    """The run's folder, which the first process holds as long as the stack is open."""
+    chosen, option = arguments.run_dir, "--run-dir"
+    if arguments.resume is not None:
+        chosen, option = arguments.resume, "--resume"
+    if chosen is None:
+        for needs_it, why in (
+            (arguments.auto_resume, "--auto-resume, to say which run to continue"),
+            (jax.process_count() > 1, "several processes, to be the same for all of them"),
+        ):
+            if needs_it:
+                raise UserError(f"--run-dir must be given with {why}.")
+        name = f"{arguments.config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        new = pathlib.Path("runs") / "classification" / name
+        return holding.enter_context(run_folder.held(new, option, new=True))
+    if chosen.exists() and not chosen.is_dir():
+        raise UserError(f'{option}: "{chosen}" is not a folder; name another.')
+    if found := set("*?[") & set(str(chosen.absolute())):
+        raise UserError(  # orbax looks for the parts of a checkpoint by a pattern
+            f'{option}: "{chosen.absolute()}" has {" and ".join(sorted(found))} in it, and '
+            "checkpoints written there cannot be read again; name another folder."
         )
-    return read_config("--resume", pathlib.Path(str(arguments.resume)))
+    if meshes.leads():
+        holding.enter_context(run_folder.held(chosen, option))
+    return chosen
+
+
+def _options_before(arguments: Arguments, run_dir: pathlib.Path) -> Config | None:
+    """The options of the run that the folder holds, None if it holds none.
+
+    Raises:
+      UserError: the run is not to go on, or not with these options.
+    """
+    config, option = arguments.config, "--resume" if arguments.resume else "--auto-resume"
+    if not (run_dir / "config.json").exists() and arguments.resume is None:
+        for name in ("checkpoints", "metrics.jsonl"):
+            if (run_dir / name).exists():
+                raise UserError(
+                    f'--run-dir: "{run_dir}" holds the {name} of a run without its config.json; '
+                    "name another folder."
+                )
+        return None
+    if arguments.resume is None and not arguments.auto_resume:
+        raise UserError(
+            f'--run-dir: "{run_dir}" holds a run already; continue it with --resume {run_dir}, '
+            "or name another folder."
+        )
+    before = read_config(option, run_dir)
+    changed = configs.differences(config, before)
+    fixed = [name for name in changed if not name.startswith(_MAY_CHANGE)]
+    if fixed:
+        options = ", ".join(
+            f"{configs.option(name)} is {changed[name][1]}, not {changed[name][0]}"
+            for name in fixed
+        )
+        raise UserError(
+            f'{option}: the run in "{run_dir}" has other options: {options}; leave these as they '
+            "are, or begin a run in another folder."
+        )
+    if meshes.leads():
+        for name, (new, old) in changed.items():
+            print(f"{configs.option(name)} is {new} from now on; it was {old}")
+    return before
+
+
+def _check_epochs(before: Recipe, now: Recipe, step: int, steps_per_epoch: int) -> None:
+    """Refuses a number of epochs with which the steps that were taken would have been others.
+
+    Args:
+      before, now: the recipes, which differ in the epochs at most.
+      step: taken so far.
+      steps_per_epoch: of both.
+
+    Raises:
+      UserError: their learning rates would have been others, or the run is longer already.
+    """
+    if now.epochs == before.epochs:
+        return
+    change = f"--train.epochs cannot be {now.epochs} instead of {before.epochs}"
+    if step > now.epochs * steps_per_epoch:
+        done = step / steps_per_epoch
+        raise UserError(f"{change}: the run has {done:.3g} epochs behind it already.")
+    taken = jnp.arange(step)
+    so_far, anew = (np.asarray(learning_rate(r, steps_per_epoch)(taken)) for r in (before, now))
+    if not np.array_equal(so_far, anew):
+        raise UserError(
+            f"{change}: with that, the {step} steps taken would have had other learning rates "
+            f"(--train.schedule {now.schedule}, --train.warmup-epochs {now.warmup_epochs}). Begin "
+            "a run in another folder; one with --train.schedule exponential that is longer than "
+            "its warm-up can be continued for any number of epochs."
+        )
+
+
+def _take_the_data_for_the_same(before: str, now: str, run_dir: pathlib.Path) -> None:
+    """Goes on with a run of a version that did not record its data, if --data is as it was."""
+    if data.absolute(before) != now:
+        raise UserError(
+            f'--data: the run in "{run_dir}" has no data.json, which tells whether {now} is the '
+            f"data that it is trained on; leave --data as it was, {before}."
+        )
+    if meshes.leads():
+        print(
+            f'note: the run in "{run_dir}" has no record of its data, being of an older version; '
+            f"{now} is taken to be what it was, and recorded",
+            file=sys.stderr,
+        )
 
 
 def read_config(option: str, run_dir: pathlib.Path) -> Config:

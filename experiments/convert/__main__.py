@@ -9,15 +9,14 @@ arrayrecord:OUT. A record is a line of JSON, {"name": ..., "label": ...}, and th
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import sys
 from typing import Annotated
 
 import tyro
 from rich.progress import track
 
-from experiments.runtime import data, sources
-from experiments.runtime.errors import UserError, exit_on_user_error, reason
+from experiments.runtime import commands, data, sources
+from experiments.runtime.errors import UserError, reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Arguments:
 
     source: Annotated[str, tyro.conf.Positional]
     """folder:PATH, hf:NAME_OR_PATH or arrayrecord:PATH, as --data of experiments.classification."""
-    out: Annotated[pathlib.Path, tyro.conf.Positional]
+    out: tyro.conf.Positional[commands.Path]
     """The folder to write."""
     per_file: int = 10_000
     """Samples in a file."""
@@ -40,7 +39,7 @@ class Arguments:
 
 def main() -> None:
     """The command."""
-    with exit_on_user_error():
+    with commands.running():
         arguments = tyro.cli(Arguments, prog="python -m experiments.convert", description=__doc__)
         dataset = data.on_disk(arguments.source, "SOURCE")
         for line in dataset.left_out:

@@ -13,7 +13,7 @@ import dataclasses
 import json
 import pathlib
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ from drconv_jax.export import PLATFORMS, export_model, load_exported, platform_n
 from drconv_jax.fold import fold_batch_norm
 from drconv_jax.onnx import export_onnx, quiet_session
 from experiments.classification.__main__ import read_config
+from experiments.runtime import commands
 from experiments.runtime import mesh as meshes
 from experiments.runtime.checkpoints import Checkpoints
-from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime.errors import UserError
 from experiments.runtime.training import normalize, program
 
 # Another order of sums moves logits by rounding, which grows through the layers.
@@ -38,11 +39,11 @@ _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
 class Arguments:
     """Writes a trained network to a file that runs without its code, and checks that file."""
 
-    run_dir: Annotated[pathlib.Path, tyro.conf.Positional]
+    run_dir: tyro.conf.Positional[commands.Path]
     """The run's folder."""
     format: Literal["stablehlo", "onnx"] = "stablehlo"
     """Of the file. In ONNX a DRConv does m times the layer's multiply-adds."""
-    out: pathlib.Path | None = None
+    out: commands.Path | None = None
     """The file to write; default: model.stablehlo or model.onnx in the run's folder."""
     fold: bool = True
     """Whether batch norms are folded."""
@@ -58,7 +59,7 @@ class Arguments:
 
 def main() -> None:
     """The command."""
-    with exit_on_user_error():
+    with commands.running():
         arguments = tyro.cli(Arguments, prog="python -m experiments.export", description=__doc__)
         out = arguments.out or arguments.run_dir / f"model.{arguments.format}"
         run, variables, size = trained_network(
@@ -124,7 +125,7 @@ def trained_network(
     model, size = network.build(len(classes)), config.image_size
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
     like = program(model, config.train, mesh, image_size=size, steps_per_epoch=1, flips=False).state
-    checkpoints = Checkpoints(run_dir, config.checkpoint.keep)
+    checkpoints = Checkpoints(run_dir, config.checkpoint.keep, read_only=True)
     restored = checkpoints.restore(like)
     checkpoints.close()
     if restored is None:

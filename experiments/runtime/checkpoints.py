@@ -73,7 +73,8 @@ class Checkpoints:
     as JSON. It also holds sums over the bits of both, by which damage is found.
     """
 
-    def __init__(self, run_dir: pathlib.Path, keep: int):
+    def __init__(self, run_dir: pathlib.Path, keep: int, *, read_only: bool = False):
+        self._read_only = read_only  # leaves the folder as it is, which a run may be using
         self._folder = run_dir.absolute() / "checkpoints"
         self._kept = _LastAndBest(keep)
         logging.getLogger("absl").setLevel(logging.CRITICAL)  # orbax logs what it raises
@@ -81,7 +82,9 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
-                    preservation_policy=self._kept, cleanup_tmp_directories=True
+                    preservation_policy=self._kept,
+                    cleanup_tmp_directories=not read_only,
+                    read_only=read_only,
                 ),
             )
 
@@ -196,6 +199,9 @@ class Checkpoints:
             self._folder / str(step),
             self._folder.parent / f"damaged-checkpoint-{step}",
         )
+        if self._read_only:
+            print(f'warning: the checkpoint "{damaged}" is damaged: {reason}', file=sys.stderr)
+            return
         meet(f"checkpoint {step} is damaged")
         if leads():
             damaged.rename(aside)

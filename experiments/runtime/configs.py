@@ -27,6 +27,11 @@ def differences(config: T, other: T) -> dict[str, tuple[Any, Any]]:
     }
 
 
+def option(name: str) -> str:
+    """The command-line option of a dotted name."""
+    return f"--{name.replace('_', '-')}"
+
+
 def shown(config: T, preset: T, name: str) -> str:
     """All options, a line each; where one is not the preset's of that name, the preset's too."""
     changed = differences(config, preset)
@@ -43,13 +48,13 @@ def arguments(config: T, preset: T) -> list[str]:
     """The command-line options that make `config` of `preset`."""
     options: list[str] = []
     for name, (value, _) in differences(config, preset).items():
-        option = f"--{name.replace('_', '-')}"
+        flag = option(name)
         if isinstance(value, bool) and isinstance(flat(preset)[name], bool):
-            group, dot, last = option[2:].rpartition(".")
-            options.append(option if value else f"--{group}{dot}no-{last}")
+            group, dot, last = flag[2:].rpartition(".")
+            options.append(flag if value else f"--{group}{dot}no-{last}")
         else:
             values = value if isinstance(value, tuple) else (value,)
-            options += [option, *map(str, values)]
+            options += [flag, *map(str, values)]
     return options
 
 

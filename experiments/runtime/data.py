@@ -49,6 +49,7 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
     Raises:
       UserError: the source is unknown, or there is something wrong with it.
     """
+    source = absolute(source)
     if size < 8:
         raise UserError(f"--image-size must be at least 8, got {size}.")
     kind, _, path = source.partition(":")
@@ -108,6 +109,17 @@ def _blaming(option: str) -> Iterator[None]:
         yield
     except (UserError, DataLost) as error:
         raise UserError(f"{option}: {error}") from None
+
+
+def absolute(source: str) -> str:
+    """The same source, whatever the working folder is: its path absolute and without ~."""
+    kind, _, path = source.partition(":")
+    expanded = os.path.expanduser(path)
+    if not path or kind not in {"idx", *_KINDS}:
+        return source
+    if kind == "hf" and not os.path.exists(expanded):  # a name
+        return source
+    return f"{kind}:{os.path.abspath(expanded)}"
 
 
 def _in_memory(where: str, dataset: Dataset, size: int) -> Dataset:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 USER_ERROR = 2
-PREEMPTED = 75  # EX_TEMPFAIL of sysexits.h: try again
+STATUS_OF_SIGNAL: Mapping[int, int] = {
+    signal.SIGTERM: 75,  # EX_TEMPFAIL of sysexits.h: try again
+    signal.SIGINT: 130,  # as shells have it for Ctrl-C: a person stopped it, nobody tries again
+}
 
 
 class UserError(Exception):
@@ -22,8 +26,8 @@ class DataLost(Exception):
 class Preempted(SystemExit):
     """The run was told to stop, has saved where it stands, and can be continued."""
 
-    def __init__(self) -> None:
-        super().__init__(PREEMPTED)
+    def __init__(self, by: int = signal.SIGTERM) -> None:
+        super().__init__(STATUS_OF_SIGNAL[by])
 
 
 @contextlib.contextmanager

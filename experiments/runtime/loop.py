@@ -10,7 +10,8 @@ import pathlib
 import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from typing import Any, NamedTuple, TypeVar
+from signal import SIGINT, SIGTERM, Signals
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import numpy as np
@@ -97,8 +98,8 @@ def train(
 ) -> Trained:
     """Trains from where the run's folder stands, and evaluates after every epoch.
 
-    Stopped by SIGTERM, it saves where it stands; called again, it goes on as if it had never been
-    stopped. Of several processes, each calls this with a folder that all of them see.
+    Stopped by SIGTERM or Ctrl-C, it saves where it stands; called again, it goes on as if it had
+    never been stopped. Of several processes, each calls this with a folder that all of them see.
 
     Args:
       model: called as `model.apply(variables, images, train=...)`.
@@ -112,8 +113,8 @@ def train(
 
     Raises:
       UserError: the batch does not fit the data or the devices, the loss is not finite, no
-        checkpoint can be read, or the disk is full.
-      Preempted: SIGTERM came.
+        checkpoint can be read, the data cannot be read any more, or the disk is full.
+      Preempted: SIGTERM or Ctrl-C came once steps were being taken.
     """
     meshes.check_batch(recipe.batch_size, mesh, recipe.accumulate)
     steps = steps_per_epoch(dataset, recipe)
@@ -131,18 +132,17 @@ def train(
         steps_per_epoch=steps,
         flips=flips,
     )
-    with preemption.noticed() as preempted:
-        data = Pipeline(
-            recipe.batch_size,
-            jax.process_index(),
-            jax.process_count(),
-            image_size,
-            recipe.augment,
-            flips,
-            recipe.seed,
-            loading,
-        )
-        return _Run(compiled, dataset, data, recipe, run_dir, steps, checkpoint, preempted).finish()
+    data = Pipeline(
+        recipe.batch_size,
+        jax.process_index(),
+        jax.process_count(),
+        image_size,
+        recipe.augment,
+        flips,
+        recipe.seed,
+        loading,
+    )
+    return _Run(compiled, dataset, data, recipe, run_dir, steps, checkpoint).finish()
 
 
 class _Run:
@@ -157,13 +157,13 @@ class _Run:
         run_dir: pathlib.Path,
         steps_per_epoch: int,
         checkpoint: CheckpointConfig,
-        preempted: Callable[[], bool],
     ):
         self.compiled, self.dataset, self.data, self.recipe = compiled, dataset, data, recipe
         self.run_dir, self.steps_per_epoch = run_dir, steps_per_epoch
-        self.checkpoint, self.preempted = checkpoint, preempted
+        self.checkpoint = checkpoint
+        self.stopped_by: Callable[[], Signals | None] = lambda: None
         self.skipped: dict[str, str] = {}
-        self.wishes = meshes.Wishes(compiled.mesh)
+        self.requests = meshes.Requests(compiled.mesh)
         self.checkpoints = Checkpoints(run_dir, checkpoint.keep)
         restored = self.checkpoints.restore(compiled.state)
         if restored is None:
@@ -186,12 +186,26 @@ class _Run:
         """Trains to the end."""
         metrics = self.metrics or contextlib.nullcontext()
         with self.progress, metrics, contextlib.closing(self.batches):
-            while len(self.record.rows) < self.recipe.epochs:
-                self._train_epoch()
-                self._end_epoch()
+            if len(self.record.rows) < self.recipe.epochs:
+                self._compile()
+            with preemption.noticed() as self.stopped_by:
+                while len(self.record.rows) < self.recipe.epochs:
+                    self._train_epoch()
+                    try:
+                        self._end_epoch()
+                    except DataLost as error:  # the epoch's steps are saved
+                        self._leave_without_data(error)
         self.checkpoints.close()
         skipped = meshes.strings_of_all_processes(list(self.skipped.values()))
         return Trained(self.state, self.record.rows[-1], skipped)
+
+    def _compile(self) -> None:
+        """Compiles the steps before the first is taken, so that no step's time has it in it."""
+        self.progress.update(self.task, description="compiling")
+        self.progress.console.print("compiling the training step and the evaluation")
+        self.train_step, self.eval_step = self.compiled.steps
+        self._requests(False)
+        self.requests.forget()
 
     def _placed(
         self, split: Split, batches: Iterator[Batch]
@@ -218,10 +232,15 @@ class _Run:
         self.mark = time.perf_counter()
         pending: tuple[int, Results, np.ndarray] | None = None
         for number in range(self.record.steps + 1, self.steps_per_epoch + 1):
-            index, batch = next(self.batches)
-            self.state, results = self.compiled.train_step(self.state, batch)
+            try:
+                index, batch = next(self.batches)
+            except DataLost as error:
+                if pending:
+                    self._settle(*pending)
+                self._leave_without_data(error)
+            self.state, results = self.train_step(self.state, batch)
             self.step += 1
-            stop, save = self.wishes.exchange(self.preempted(), self._overdue())
+            stop, save = self._requests(self._overdue())
             if pending:  # one step behind, so that the device is never waited for
                 self._settle(*pending)
             pending = self.step, results, index
@@ -232,7 +251,7 @@ class _Run:
                 pending = None
                 self._save()
             if stop:
-                self._leave()
+                self._leave(stop)
         if pending:
             self._settle(*pending)
 
@@ -298,13 +317,13 @@ class _Run:
         split = self.dataset.test
         batches = self._placed(split, self.data.evaluation(split))
         sums: Any = None
-        for results in _one_behind(self.compiled.eval_step(variables, b) for _, b in batches):
+        for results in _one_behind(self.eval_step(variables, b) for _, b in batches):
             values = jax.tree.map(np.float64, jax.device_get(results))
             sums = values if sums is None else jax.tree.map(np.add, sums, values)
-            stop, _ = self.wishes.exchange(self.preempted(), False)
+            stop, _ = self._requests(False)
             if stop:  # the epoch's steps are saved, and evaluation begins anew
                 self._save()
-                self._leave()
+                self._leave(stop)
         count = sums["count"]
         if not count:
             raise DataLost("none of the test images can be read")
@@ -318,17 +337,41 @@ class _Run:
         newest = self.checkpoints.newest
         if newest is None or newest.name != str(self.step):
             self.checkpoints.save(self.step, self.state, dataclasses.asdict(self.record), score)
-        self.wishes.forget()
+        self.requests.forget()
         self.saved, self.mark = time.monotonic(), time.perf_counter()
 
-    def _leave(self) -> None:
+    def _requests(self, overdue: bool) -> tuple[Signals | None, bool]:
+        """The signal that any process got, and whether one's next checkpoint is due."""
+        by = self.stopped_by()
+        terminated, interrupted, due = self.requests.exchange(by == SIGTERM, by == SIGINT, overdue)
+        return SIGINT if interrupted else SIGTERM if terminated else None, due
+
+    def _leave(self, by: Signals) -> NoReturn:
         """Raises Preempted."""
         self.checkpoints.close()
         self.progress.console.print(
-            f"stopped by SIGTERM at step {self.step}; continue with --resume {self.run_dir}",
+            f"stopped by {preemption.name_of(by)} at step {self.step}; continue with --resume "
+            f"{self.run_dir}",
             soft_wrap=True,
         )
-        raise Preempted
+        raise Preempted(by)
+
+    def _leave_without_data(self, error: DataLost) -> NoReturn:
+        """Raises UserError, with all steps saved that were taken.
+
+        Of several processes, the others do not know of it, and a checkpoint takes all of them.
+        """
+        if jax.process_count() == 1:
+            self._save()
+            self.checkpoints.close()
+            step = self.step
+        else:
+            newest = self.checkpoints.newest
+            step = 0 if newest is None else int(newest.name)
+        raise UserError(
+            f"{str(error).rstrip('.')}. The run stopped at step {self.step}, and {step} steps are "
+            f"saved; when the data can be read again, continue with --resume {self.run_dir}"
+        )
 
     def _refuse(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
         """Raises UserError about results that are not finite."""

@@ -17,7 +17,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from experiments.runtime.errors import Preempted, UserError
+from experiments.runtime.errors import DataLost, Preempted, UserError
 
 # Copies of the parameters, and the devices that hold one copy among them.
 _AXES = ("copy", "part")
@@ -105,6 +105,22 @@ def leaving_at_once() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code if isinstance(code, int) else 1)
+
+
+@contextlib.contextmanager
+def refusing_together() -> Iterator[None]:
+    """Makes what one process refuses within an error of all of them, which then end alike.
+
+    Raises:
+      UserError: on every process, if any has raised one, or DataLost, within.
+    """
+    own: list[str] = []
+    try:
+        yield
+    except (UserError, DataLost) as error:
+        own = [str(error)]
+    if refused := strings_of_all_processes(own):
+        raise UserError(" ".join(refused))
 
 
 def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -205,25 +221,25 @@ def strings_of_all_processes(own: Sequence[str]) -> list[str]:
     return sorted({string for strings in found for string in strings})
 
 
-class Wishes:
-    """What any of the processes wishes, known to all of them at the same step."""
+class Requests:
+    """What any of the processes asks for, known to all of them at the same step."""
 
     def __init__(self, mesh: Mesh):
         self._mesh = mesh
-        self._any = jax.jit(lambda wishes: wishes.any(axis=0), out_shardings=whole(mesh))
+        self._any = jax.jit(lambda requests: requests.any(axis=0), out_shardings=whole(mesh))
         self._pending: jax.Array | None = None
 
-    def exchange(self, *wishes: bool) -> list[bool]:
-        """Hands in this process's wishes, and returns everyone's of the call before.
+    def exchange(self, *requests: bool) -> list[bool]:
+        """Hands in what this process asks for, and returns everyone's requests of the call before.
 
         Being one call behind, it never waits for a step that has only just been dispatched.
         """
         before = self._pending
-        local = np.tile(np.array(wishes), (len(self._mesh.local_devices), 1))
+        local = np.tile(np.array(requests), (len(self._mesh.local_devices), 1))
         self._pending = self._any(
             jax.make_array_from_process_local_data(by_batch(self._mesh), local)
         )
-        return [False] * len(wishes) if before is None else jax.device_get(before).tolist()
+        return [False] * len(requests) if before is None else jax.device_get(before).tolist()
 
     def forget(self) -> None:
         """Lets go of what was handed in last; all processes do so at the same step."""

@@ -13,7 +13,7 @@ import grain
 import numpy as np
 from absl import flags
 
-from experiments.runtime import images
+from experiments.runtime import images, preemption
 from experiments.runtime.errors import DataLost, UserError, reason
 from experiments.runtime.images import Pixels
 from experiments.runtime.recipes import Augment
@@ -151,16 +151,27 @@ class Pipeline:
             # Workers send arrays through pipes: shared memory would outlive a run that is killed.
             options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
             batches = grain.experimental.WithOptionsIterDataset(batches, options)
-            batches = batches.mp_prefetch(grain.MultiprocessingOptions(loading.workers))
+            batches = batches.mp_prefetch(
+                grain.MultiprocessingOptions(loading.workers), preemption.end_with_parent
+            )
         iterator = iter(batches)
         try:
-            yield from _while_readable(split, iterator)
+            started = _started_apart(iterator) if loading.workers else iterator
+            yield from _while_readable(split, started)
         except RuntimeError as error:  # grain's; what is raised in reading is caught there
             if not loading.workers:
                 raise
             raise DataLost(f"a process that reads images has ended: {reason(error)}") from None
         finally:
             iterator.close()
+
+
+def _started_apart(batches: Iterator[Any]) -> Iterator[Any]:
+    """The same batches; with the first of them, their worker processes are started."""
+    with preemption.workers_unreached():
+        first = next(batches)
+    yield first
+    yield from batches
 
 
 def _while_readable(split: EncodedSplit, batches: Iterable[dict[str, Any]]) -> Iterator[Batch]:

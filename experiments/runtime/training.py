@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +47,7 @@ class Program:
     Attributes:
       mesh: the devices.
       state: shapes of the state, and where its arrays lie.
+      batch: shapes of a batch.
       init: makes the state of a new run.
       train_step: (state, batch) to the next state and scalars: "loss", "accuracy",
         "gradient_norm" and "learning_rate". Every image counts, so all must be real ones. The
@@ -56,9 +58,18 @@ class Program:
 
     mesh: Mesh
     state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
     init: jax.stages.Wrapped
     train_step: jax.stages.Wrapped
     eval_step: jax.stages.Wrapped
+
+    @functools.cached_property
+    def steps(self) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        """The training step and that of evaluation, compiled when this is first asked for."""
+        return (
+            self.train_step.lower(self.state, self.batch).compile(),
+            self.eval_step.lower(self.state.variables, self.batch).compile(),
+        )
 
 
 def batch_shapes(batch_size: int, image_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -102,6 +113,7 @@ def program(
     return Program(
         mesh=mesh,
         state=state,
+        batch=batch_shapes(recipe.batch_size, image_size, mesh),
         init=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             _train_step(model, recipe, mesh, update, rate, flips),

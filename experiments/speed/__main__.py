@@ -9,6 +9,7 @@ a TPU. The run's folder gets results.json and results.md, renewed after every ca
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import gc
@@ -30,7 +31,8 @@ from rich.progress import (
 )
 
 from drconv_jax.region_conv import IMPLEMENTATIONS
-from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime import commands, run_folder
+from experiments.runtime.errors import UserError
 from experiments.runtime.tpu import compiler_is_installed
 from experiments.speed import cases, contenders, measure, plots, report, tpu
 from experiments.speed.cases import Case
@@ -52,13 +54,13 @@ class Arguments:
     guide: contenders.Guide = "random"
     """Guide features: random ones use all regions equally, blocky ones are constant over squares
     of 7 pixels (a layer, whose guide is its own, gets such an input)."""
-    run_dir: pathlib.Path | None = None
+    run_dir: commands.Path | None = None
     """Folder for this run, which must not hold one yet; default: runs/ and the time."""
 
 
 def main() -> None:
     """The command."""
-    with exit_on_user_error():
+    with commands.running():
         run(tyro.cli(Arguments, prog="python -m experiments.speed", description=__doc__))
 
 
@@ -72,8 +74,11 @@ def run(arguments: Arguments) -> None:
             f'"{arguments.implementation}".'
         )
     chosen = cases.suite(arguments.suite, arguments.select)
-    run_dir = _new_folder(arguments)
-    run_dir.mkdir(parents=True, exist_ok=True)
+    with _folder(arguments) as run_dir:
+        _run_in(run_dir, arguments, chosen)
+
+
+def _run_in(run_dir: pathlib.Path, arguments: Arguments, chosen: Sequence[Case]) -> None:
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = 160  # a file has room for whole rows
@@ -162,12 +167,15 @@ def _count_bytes(case: Case, notes: list[str]) -> list[tpu.Bytes]:
     return [outcome for outcome in outcomes if isinstance(outcome, tpu.Bytes)]
 
 
-def _new_folder(arguments: Arguments) -> pathlib.Path:
+@contextlib.contextmanager
+def _folder(arguments: Arguments) -> Iterator[pathlib.Path]:
+    """The run's folder, which no other run uses meanwhile."""
     name = f"{arguments.suite}-{time.strftime('%Y%m%d-%H%M%S')}"
     run_dir = arguments.run_dir or pathlib.Path("runs") / "speed" / name
-    if (run_dir / "results.json").exists():
-        raise UserError(f'--run-dir: "{run_dir}" holds a run already; name another folder.')
-    return run_dir
+    with run_folder.held(run_dir, "--run-dir", new=arguments.run_dir is None) as folder:
+        if (folder / "results.json").exists():
+            raise UserError(f'--run-dir: "{folder}" holds a run already; name another folder.')
+        yield folder
 
 
 if __name__ == "__main__":

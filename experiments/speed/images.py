@@ -19,8 +19,8 @@ import numpy as np
 import tyro
 from PIL import Image
 
-from experiments.runtime import data, images
-from experiments.runtime.errors import UserError, exit_on_user_error
+from experiments.runtime import commands, data, images
+from experiments.runtime.errors import UserError
 from experiments.runtime.pipeline import Loading, Pipeline
 from experiments.runtime.sources import ArraySplit, EncodedSplit, Sample
 from experiments.runtime.sources.splits import digest_of
@@ -81,7 +81,7 @@ class _Photographs:
 
 def main() -> None:
     """The command."""
-    with exit_on_user_error():
+    with commands.running():
         program = "python -m experiments.speed.images"
         arguments = tyro.cli(Arguments, prog=program, description=__doc__)
         split = _split(arguments)
