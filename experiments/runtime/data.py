@@ -92,7 +92,7 @@ def on_disk(source: str, option: str = "--data") -> Dataset:
     Raises:
       UserError: the source is none of these, or there is something wrong with it.
     """
-    kind, _, path = source.partition(":")
+    kind, _, path = absolute(source).partition(":")
     if kind not in _ON_DISK or not path:
         raise UserError(
             f'{option} must be "folder:PATH", "arrayrecord:PATH" or "hf:NAME_OR_PATH", got '
@@ -115,7 +115,7 @@ def absolute(source: str) -> str:
     """The same source, whatever the working folder is: its path absolute and without ~."""
     kind, _, path = source.partition(":")
     expanded = os.path.expanduser(path)
-    if not path or kind not in {"idx", *_KINDS}:
+    if not path or kind not in {"idx", *_ON_DISK}:
         return source
     if kind == "hf" and not os.path.exists(expanded):  # a name
         return source
