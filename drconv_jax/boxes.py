@@ -39,7 +39,8 @@ def boxed_as(like: Any, array: Array, kept: int) -> Any:
     dropped, added = unboxed(like).ndim - kept, array.ndim - kept
     if isinstance(like, nnx.VariableMetadata):
         metadata = dict(like.metadata)
-        if sharding := metadata.get("out_sharding"):
+        older = metadata.pop("sharding_names", None)  # flax's name of it before
+        if sharding := metadata.get("out_sharding") or older:
             named = isinstance(sharding, NamedSharding)
             names = tuple(sharding.spec if named else sharding)
             names += (None,) * (dropped + kept - len(names))

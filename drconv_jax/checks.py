@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -35,6 +36,17 @@ def check_counts(name: str, values: Sequence[Any], number: int, least: int = 1) 
         raise ValueError(f"{name} must have {number} entries, got {tuple(values)}.")
     for value in values:
         check_count(f"every entry of {name}", value, least)
+
+
+def check_precision(precision: Any) -> None:
+    """Raises ValueError where `precision` is not one for all operands of a product."""
+    try:
+        jax.lax.Precision(precision)
+    except ValueError:
+        names = ", ".join(repr(member.name.lower()) for member in jax.lax.Precision)
+        raise ValueError(
+            f"precision must be None, a jax.lax.Precision or one of {names}, got {precision!r}."
+        ) from None
 
 
 def check_guide_dtype(guide_features: Any) -> None:

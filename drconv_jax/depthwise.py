@@ -12,15 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Num
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.geometry import Window, cut, dilate, tap_views
+from drconv_jax.geometry import Window, dilate, pad_in_reach, tap_views
 
 
 def conv_general_dilated(
-    lhs: Float[Array, "batch *spatial in"],
-    rhs: Float[Array, "*kernel in_per_group features"],
+    lhs: Num[Array, "batch *spatial in"],
+    rhs: Num[Array, "*kernel in_per_group features"],
     window_strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
     lhs_dilation: Sequence[int] | None = None,
@@ -28,13 +28,13 @@ def conv_general_dilated(
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
     **options: Any,
-) -> Float[Array, "batch *out_spatial features"]:
+) -> Num[Array, "batch *out_spatial features"]:
     """`jax.lax.conv_general_dilated`, for `flax.linen.Conv`'s argument of that name.
 
     On a CPU, a depthwise convolution (as many groups as channels and features) without input
     dilation is a sum of shifted products, taken in float32 or wider; anything else, and every
-    other platform, is left to XLA. What negative padding cuts off is cut off beforehand, as XLA's
-    CPU backend reads beyond its input otherwise.
+    other platform, is left to XLA, but for padding that its CPU backend gets wrong
+    (`geometry.pad_in_reach`).
 
     Example::
 
@@ -57,8 +57,13 @@ def conv_general_dilated(
     Returns:
       The output, in the dtype of `lhs`.
     """
-    if not isinstance(padding, str) and any(side < 0 for pair in padding for side in pair):
-        lhs, padding = cut(dilate(lhs, lhs_dilation), padding)
+    *kernel_size, in_per_group, features = rhs.shape
+    dilation = tuple(rhs_dilation or (1,) * len(kernel_size))
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    if not isinstance(padding, str) and any(
+        not 0 <= side < e for pair, e in zip(padding, extent, strict=True) for side in pair
+    ):
+        lhs, padding = pad_in_reach(dilate(lhs, lhs_dilation), padding, extent)
         lhs_dilation = None
 
     def by_xla(lhs: Array, rhs: Array) -> Array:
@@ -74,14 +79,12 @@ def conv_general_dilated(
             **options,
         )
 
-    *kernel_size, in_per_group, features = rhs.shape
     depthwise = in_per_group == 1 and features == feature_group_count
     dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
-    if not depthwise or dilated:
+    other_result = options.get("preferred_element_type") not in (None, lhs.dtype)
+    if not depthwise or dilated or other_result or not jnp.issubdtype(lhs.dtype, jnp.floating):
         return by_xla(lhs, rhs)
-    dilation = tuple(rhs_dilation or (1,) * len(kernel_size))
     if isinstance(padding, str):
-        extent = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
         padding = jax.lax.padtype_to_pads(lhs.shape[1:-1], extent, window_strides, padding)
     pairs = tuple((low, high) for low, high in padding)
     window = Window(tuple(kernel_size), tuple(window_strides), pairs, dilation)

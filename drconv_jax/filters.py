@@ -22,6 +22,7 @@ A new generator starts well (both hold for each of them):
 - The filters are those of `kernel_init`: a new DRConv's output varies as a new `nn.Conv`'s. Where
   all mixing weights are at their middle, as they are for an input of zeros and nearly for others,
   the filter is one draw of `kernel_init`, be that random, constant, orthogonal or the identity.
+  ("pooled" has one bank for all taps: each of them is the middle tap of that draw.)
 - All regions of a sample start with the same filter. A network therefore begins as if its guide
   did not matter, and regions part as they learn. The two-layer generator at default initial values
   has neither property: it explodes with width and hands unlike filters to neighbouring positions.
@@ -107,8 +108,9 @@ def init_pooled(
     mixing_key, bank_key = jax.random.split(key)
     shape = (*kernel_size, in_features // feature_group_count, features)
     drawn, kernels = _draw_bank(bank_key, shape, regions, kernel_init, param_dtype)
-    # One tap of whole kernels: the taps share the bank, and kernel_init must see the true fan-in.
-    bank = kernels[(slice(None), *(0 for _ in kernel_size))]
+    # One tap of whole kernels, their middle: the taps share the bank, and kernel_init must see the
+    # true fan-in.
+    bank = kernels[(slice(None), *((size - 1) // 2 for size in kernel_size))]
     bank = bank * (2 / regions**0.5)  # a sum of m terms, each weighed by 1/2
     mixing = _mixing_init(mixing_key, (in_features, regions), param_dtype)
     return {

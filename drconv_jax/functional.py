@@ -16,7 +16,7 @@ import numpy as np
 from flax.typing import Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from drconv_jax.checks import check_count, check_guide_dtype
+from drconv_jax.checks import check_count, check_guide_dtype, check_precision
 from drconv_jax.dtypes import accumulator
 from drconv_jax.filters import GENERATORS
 from drconv_jax.geometry import Padding, canonical_tuple, resize_nearest, window_of
@@ -66,6 +66,7 @@ class Hyperparameters:
                     f"{name} must be a floating-point type such as float32, got "
                     f"{jnp.dtype(value).name}."
                 )
+        check_precision(self.precision)
         if self.kernel_size is None or len(self.kernel) not in (1, 2, 3):
             raise ValueError(
                 f"kernel_size must have 1, 2 or 3 entries, one for each spatial dimension, got "
@@ -193,6 +194,21 @@ def init(
     return inits
 
 
+def check_input(hyper: Hyperparameters, x: Array) -> None:
+    """Raises ValueError where x has too few dimensions, and TypeError where it is complex."""
+    rank = len(hyper.kernel)
+    if x.ndim < rank + 1:
+        raise ValueError(
+            f"x must have shape (*batch, *spatial, in) with {rank} spatial dimensions for "
+            f"kernel_size={hyper.kernel_size}, got {x.shape}."
+        )
+    if jnp.issubdtype(x.dtype, jnp.complexfloating):
+        raise TypeError(
+            f"the input must be real, got {x.dtype}: give its real and its imaginary part as "
+            "channels."
+        )
+
+
 def apply(
     hyper: Hyperparameters,
     params: Mapping[str, Any],
@@ -216,18 +232,8 @@ def apply(
       TypeError: x is complex, or guide is not floating point.
       ValueError: x or guide has a shape that does not fit.
     """
-    rank = len(hyper.kernel)
-    if x.ndim < rank + 1:
-        raise ValueError(
-            f"x must have shape (*batch, *spatial, in) with {rank} spatial dimensions for "
-            f"kernel_size={hyper.kernel_size}, got {x.shape}."
-        )
-    batch = x.shape[: -rank - 1]
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        raise TypeError(
-            f"the input must be real, got {x.dtype}: give its real and its imaginary part as "
-            "channels."
-        )
+    check_input(hyper, x)
+    batch = x.shape[: -len(hyper.kernel) - 1]
     if guide is not None:
         check_guide_dtype(guide)
         if (
@@ -238,11 +244,6 @@ def apply(
             raise ValueError(
                 f"guide must have shape (*batch, *spatial, regions) with batch {batch} and "
                 f"regions={hyper.regions}, got {guide.shape}."
-            )
-        if 0 in guide.shape[len(batch) :] and 0 not in x.shape:
-            raise ValueError(
-                f"guide must have at least one position in every spatial dimension, got shape "
-                f"{guide.shape}."
             )
     return along_batch(functools.partial(_apply, hyper), batch_dims=len(batch))(
         x, dict(params), guide
@@ -269,7 +270,13 @@ def _apply(
     else:
         padded, main = window_of(x, hyper.kernel, **window)
         guide = _one_batch_axis(guide, rank)
-        guide = resize_nearest(guide, main.output_shape(padded.shape[1:-1]))
+        out = main.output_shape(padded.shape[1:-1])
+        if 0 in guide.shape[1:-1] and 0 not in out:
+            raise ValueError(
+                f"guide must have at least one position in every spatial dimension, got shape "
+                f"{guide.shape}."
+            )
+        guide = resize_nearest(guide, out)
     guide = guide.astype(accumulator(guide.dtype))
 
     if 0 in (*x.shape, *guide.shape):  # a convolution of nothing, or without any output

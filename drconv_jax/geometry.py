@@ -150,12 +150,7 @@ def window_of(
     if isinstance(padding, str) and padding in _WRAPPING_MODES:
         x = jnp.pad(x, ((0, 0), *pairs, (0, 0)), mode=_WRAPPING_MODES[padding])
         pairs = ((0, 0),) * rank
-    x = dilate(x, input_dilation)
-    if all(isinstance(side, int) for pair in pairs for side in pair):
-        x, pairs = cut(x, pairs)
-    else:
-        reach = [max(m, o) for m, o in zip(main, own, strict=True)]
-        x, pairs = _padded_by_symbols(x, pairs, reach), ((0, 0),) * rank
+    x, pairs = pad_in_reach(dilate(x, input_dilation), pairs, own)
     return x, Window(kernel_size, strides, pairs, dilation)
 
 
@@ -169,42 +164,65 @@ def dilate(
     return jax.lax.pad(x, jnp.zeros((), x.dtype), interior)
 
 
-def _padded_by_symbols(x: Array, padding: Any, reach: Sequence[int]) -> Array:
-    """Pads by lengths, no larger than `reach`, that an exported program learns from its input.
-
-    Neither their value nor their sign is known, as of "SAME" with strides.
-    """
-    ends = [(0, 0, 0), *((r, r, 0) for r in reach), (0, 0, 0)]
-    padded = jax.lax.pad(x, jnp.zeros((), x.dtype), ends)
-    for axis, ((low, high), r) in enumerate(zip(padding, reach, strict=True), start=1):
-        padded = jax.lax.slice_in_dim(padded, r - low, r + x.shape[axis] + high, axis=axis)
-    return padded
-
-
-def cut(
-    x: Shaped[Array, "batch *spatial in"], padding: Sequence[tuple[int, int]]
-) -> tuple[Shaped[Array, "batch *rest in"], tuple[tuple[int, int], ...]]:
-    """Cuts off the positions that negative padding takes away.
+def pad_in_reach(
+    x: Shaped[Array, "batch *spatial in"],
+    padding: Sequence[tuple[Length, Length]],
+    extent: Sequence[int],
+) -> tuple[Shaped[Array, "batch *padded in"], tuple[tuple[int, int], ...]]:
+    """Does that part of a convolution's padding which must not be left to the convolution.
 
     XLA's CPU backend reads beyond its input where a convolution has negative low padding
-    (openxla/xla#48713), and where its gradient then has.
+    (openxla/xla#48713). It has where the user's padding is negative, and so has its gradient where
+    that is larger than the window's extent less one.
+
+    Args:
+      x: the input, dilated.
+      padding: zeros before and after every spatial dimension; negative values cut positions off.
+      extent: positions that the convolution's window spans.
 
     Returns:
-      What is left of the input, and the padding that is left to do, none of it negative.
+      The input, cut and padded, and the padding that is left: from 0 to extent - 1.
     """
     left = []
-    for axis, (low, high) in enumerate(padding, start=1):
-        if low >= 0 and high >= 0:
+    for axis, ((low, high), reach) in enumerate(zip(padding, extent, strict=True), start=1):
+        size = x.shape[axis]
+        known = isinstance(low, int) and isinstance(high, int)
+        if known and 0 <= min(low, high) <= max(low, high) < reach:
             left.append((low, high))
             continue
-        size = x.shape[axis]
+        if not known or not isinstance(size, int):
+            x = _padded_by_symbols(x, low, high, axis, reach)
+            left.append((0, 0))
+            continue
         start = min(max(-low, 0), size)
         stop = max(size + min(high, 0), start)
         zeros = max(size + low + high, 0) - (stop - start)
         before = min(max(low, 0), zeros)
-        left.append((before, zeros - before))
-        x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
+        after = zeros - before
+        if start or stop < size:
+            x = jax.lax.slice_in_dim(x, start, stop, axis=axis)
+        inside = min(before, reach - 1), min(after, reach - 1)
+        x = _padded(x, before - inside[0], after - inside[1], axis)
+        left.append(inside)
     return x, tuple(left)
+
+
+def _padded(x: Array, before: int, after: int, axis: int) -> Array:
+    if not before and not after:
+        return x
+    ends = [(before, after, 0) if i == axis else (0, 0, 0) for i in range(x.ndim)]
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ends)
+
+
+def _padded_by_symbols(x: Array, low: Length, high: Length, axis: int, reach: int) -> Array:
+    """Pads or cuts an axis whose length, or how much is to be padded, an export leaves open.
+
+    Even the sign of `low` and `high` may be open, as of "SAME" with strides, whose padding is
+    within `reach`, the window's extent.
+    """
+    ends = [max(side, 0) if isinstance(side, int) else reach for side in (low, high)]
+    count = jax.core.max_dim(x.shape[axis] + low + high, 0)
+    return _every(_padded(x, ends[0], ends[1], axis), ends[0] - low, 1, count, axis)
 
 
 def _padding_pairs(
@@ -273,7 +291,7 @@ def tap_views(
     return views
 
 
-def _every(x: Array, start: int, stride: int, count: Length, axis: int) -> Array:
+def _every(x: Array, start: Length, stride: int, count: Length, axis: int) -> Array:
     """Of an axis, `count` positions from `start` on, a stride apart."""
     if isinstance(count, int) and count == 0:  # the window is larger than the input
         return jax.lax.slice_in_dim(x, 0, 0, axis=axis)
@@ -281,7 +299,7 @@ def _every(x: Array, start: int, stride: int, count: Length, axis: int) -> Array
         stop = start + (count - 1) * stride + 1
         return jax.lax.slice_in_dim(x, start, stop, stride, axis)
     except jax.errors.InconclusiveDimensionOperation:  # the length of the axis is a symbol
-        return jnp.take(x, start + stride * jnp.arange(count), axis=axis)
+        return jnp.take(x, _number(start) + stride * jnp.arange(count), axis=axis)
 
 
 def resize_nearest(

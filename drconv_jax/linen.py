@@ -119,6 +119,7 @@ class DRConv(nn.Module):
         hyper = functional.Hyperparameters.of(
             self, promote_dtype=lambda values, dtype: self.promote_dtype(*values, dtype=dtype)
         )
+        functional.check_input(hyper, inputs)
         inits = functional.init(
             hyper,
             inputs.shape[-1],

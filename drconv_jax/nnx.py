@@ -142,6 +142,8 @@ class DRConv(nnx.Module):
           ValueError: the input or the guide does not fit in shape, or a guide is needed and not
             given.
         """
+        hyper = self._hyperparameters()
+        functional.check_input(hyper, inputs)
         if inputs.shape[-1] != self.in_features:
             raise ValueError(
                 f"the input must have in_features={self.in_features} channels, got shape "
@@ -154,7 +156,7 @@ class DRConv(nnx.Module):
             params["guide"] = _values(self.guide)
         if self.bias is not None:
             params["bias"] = self.bias[...]
-        y, index = functional.apply(self._hyperparameters(), params, inputs, guide)
+        y, index = functional.apply(hyper, params, inputs, guide)
         if hasattr(self, "__captures__"):  # outside `nnx.capture`, sowing is deprecated
             self.sow(nnx.Intermediate, "region_index", index)
         return y if out_sharding is None else jax.sharding.reshard(y, out_sharding)

@@ -11,7 +11,7 @@ import math
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -217,11 +217,7 @@ def load_matching(variables: Variables, source: Any) -> tuple[Variables, LoadRep
     common = [name for name in ours if name in theirs]
     loaded = tuple(name for name in common if np.shape(ours[name]) == np.shape(theirs[name]))
     if not loaded:
-        raise ValueError(
-            f"the source must have arrays of the network's names and shapes, none of its "
-            f"{len(theirs)} fits; the network's first is {next(iter(ours), 'missing')}, the "
-            f"source's {next(iter(theirs), 'missing')}."
-        )
+        raise ValueError(_why_nothing_fits(ours, theirs, common))
     taken = {
         name: leaf if isinstance(leaf := theirs[name], jax.Array) else in_plain_memory(leaf)
         for name in loaded
@@ -243,6 +239,25 @@ def load_matching(variables: Variables, source: Any) -> tuple[Variables, LoadRep
         all_values=sum(math.prod(np.shape(leaf)) for leaf in ours.values()),
     )
     return jax.tree.unflatten(jax.tree.structure(variables), values), report
+
+
+def _why_nothing_fits(
+    ours: Mapping[str, Any], theirs: Mapping[str, Any], common: Sequence[str]
+) -> str:
+    for argument, named in (("variables", ours), ("source", theirs)):
+        if not named:
+            return f"{argument} must hold arrays, got none."
+    if common:
+        name = common[0]
+        return (
+            f"none of the source's {len(theirs)} arrays has the shape that it has in the network; "
+            f"{name} is {np.shape(theirs[name])} in the source and {np.shape(ours[name])} in the "
+            "network."
+        )
+    return (
+        f"the source must have arrays of the network's names, none of its {len(theirs)} does; the "
+        f"network's first is {next(iter(ours))}, the source's {next(iter(theirs))}."
+    )
 
 
 def _named(argument: str, tree: Any) -> dict[str, Any]:

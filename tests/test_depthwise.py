@@ -65,3 +65,25 @@ def test_on_a_cpu_only_a_depthwise_convolution_is_rewritten(groups, features, co
     for platform, expected in (("cpu", convolutions), ("tpu", 1), ("cuda", 1)):
         lowered = jax.jit(layer.apply).trace(variables, x).lower(lowering_platforms=(platform,))
         assert lowered.as_text().count("stablehlo.convolution") == expected
+
+
+@pytest.mark.parametrize("fields", [dict(), dict(preferred_element_type=jnp.float32)])
+def test_other_dtypes_are_xlas(fields):
+    dtype = jnp.bfloat16 if fields else jnp.complex64
+    shapes = ((2, 5, 5, 4), (3, 3, 1, 4))
+    parts = [jax.random.normal(jax.random.key(i), s) for i in range(2) for s in shapes]
+    if fields:
+        x, kernel = (a.astype(dtype) for a in parts[:2])
+    else:
+        x, kernel = (jax.lax.complex(a, b) for a, b in zip(parts[:2], parts[2:], strict=True))
+    arguments = dict(
+        window_strides=(1, 1),
+        padding="SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=4,
+        **fields,
+    )
+    expected = jax.lax.conv_general_dilated(x, kernel, **arguments)
+    y = depthwise.conv_general_dilated(x, kernel, **arguments)
+    assert y.dtype == expected.dtype
+    np.testing.assert_array_equal(y, expected)

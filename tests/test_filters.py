@@ -64,6 +64,9 @@ def test_a_new_filter_is_one_draw_of_kernel_init(generator, regions):
         np.testing.assert_allclose(made, np.full((regions, 3, 3, 4, 6), value), rtol=1e-6)
     for rotation in filters(nn.initializers.orthogonal(), (1, 1), features=4)[:, 0, 0]:
         np.testing.assert_allclose(rotation @ rotation.T, np.eye(4), atol=1e-6)
+    identity = filters(nn.initializers.delta_orthogonal(), (3, 3))
+    middle = nn.initializers.delta_orthogonal()(jax.random.key(0), (3, 3, 4, 6))[1, 1]
+    assert np.abs(identity[:, 1, 1]).sum() > 0.5 * np.abs(middle).sum()
     uniform = filters(nn.initializers.uniform(1.0), (1, 1), features=1000)
     assert -1e-6 < uniform.min() < 0.01 and 0.99 < uniform.max() < 1 + 1e-6
     np.testing.assert_allclose(uniform.mean(), 0.5, atol=0.02)  # 4 standard deviations

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 from drconv_jax import DRConv, depthwise, region_conv
-from drconv_jax.geometry import cut
+from drconv_jax.geometry import pad_in_reach
 
 KEY = jax.random.key(0)
 X = jax.random.normal(KEY, (3, 7, 6, 4))
@@ -32,9 +32,9 @@ def padded(x, pairs):
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(pairs=st.tuples(st.tuples(SIDES, SIDES), st.tuples(SIDES, SIDES)))
-def test_what_negative_padding_cuts_off(pairs):
-    x, left = cut(X, pairs)
-    assert all(side >= 0 for pair in left for side in pair)
+def test_what_padding_is_left_to_a_convolution(pairs):
+    x, left = pad_in_reach(X, pairs, (3, 2))
+    assert all(0 <= side < e for pair, e in zip(left, (3, 2), strict=True) for side in pair)
     np.testing.assert_array_equal(jnp.pad(x, ((0, 0), *left, (0, 0))), padded(X, pairs))
 
 
@@ -48,14 +48,36 @@ PADDINGS = [
 ]
 
 
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize("strides", [1, 2])
-def test_samples_do_not_see_each_other(padding, strides):
-    layer = DRConv(6, (3, 3), strides, padding=padding, regions=4, guide_kernel_size=1)
-    variables = layer.init(KEY, X)
-    together = jax.jit(layer.apply)(variables, X)
-    alone = [jax.jit(layer.apply)(variables, x[None])[0] for x in X]
-    np.testing.assert_allclose(together, alone, rtol=0, atol=2e-6)
+def plain(**fields):
+    return nn.Conv(4, (2, 2), conv_general_dilated=depthwise.conv_general_dilated, **fields)
+
+
+@pytest.mark.parametrize(
+    "layer,shape",
+    [
+        (DRConv(6, (3, 3), padding=((1, 1), (0, 2)), guide_kernel_size=1), (7, 6, 4)),
+        (DRConv(6, (3, 3), 2, padding=((-1, 3), (3, -1)), guide_kernel_size=1), (7, 6, 4)),
+        (DRConv(6, (3, 3), 2, padding=((5, -3), (-2, 2)), guide_kernel_size=1), (7, 6, 4)),
+        # The gradient's padding is negative where this is larger than the window less one.
+        (DRConv(6, (2, 2), padding=((3, 0), (3, 0))), (7, 6, 4)),
+        (DRConv(6, 3, padding=((4, 0),)), (9, 4)),
+        (DRConv(6, 2, padding=((3, 0),), guide_kernel_size=1, implementation="reference"), (9, 4)),
+        (plain(padding=((3, 0), (3, 0))), (7, 6, 4)),
+        (plain(padding=((-1, 2), (3, -1)), strides=2), (7, 6, 4)),
+    ],
+)
+def test_samples_do_not_see_each_other(layer, shape):
+    x = jax.random.normal(KEY, (3, *shape))
+    variables = layer.init(KEY, x)
+
+    def run(x):
+        y, pull = jax.vjp(lambda x: layer.apply(variables, x), x)
+        return y, *pull(jnp.cos(jnp.arange(y[0].size, dtype=y.dtype)).reshape(y[:1].shape) + 0 * y)
+
+    together = jax.jit(run)(x)
+    alone = [jax.jit(run)(x[i : i + 1]) for i in range(3)]
+    for whole, *parts in zip(together, *alone, strict=True):
+        np.testing.assert_allclose(whole, jnp.concatenate(parts), rtol=0, atol=2e-5)
 
 
 def windows(x, kernel, strides, pairs):

@@ -185,6 +185,20 @@ def test_the_checkpoint_of_a_training_script(name):
     assert len(warned) == 2
 
 
+def test_what_stands_beside_the_arrays():
+    state, _ = small_state()
+    variables = import_torch(SMALL, {**state, "_metadata": {"version": 1}})
+    jax.tree.map(np.testing.assert_array_equal, variables, import_torch(SMALL, state))
+
+
+def test_numbers_beyond_the_dtype_are_refused():
+    state, _ = small_state()
+    name = next(iter(state))
+    state[name] = np.full(np.shape(state[name]), 1e300)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} has numbers that float32 cannot hold"):
+        import_torch(SMALL, state)
+
+
 class Tensor:
     """What of a PyTorch tensor is not as numpy's arrays."""
 

@@ -576,6 +576,7 @@ def test_export_of_the_layer_for_all_platforms_and_any_batch_size(generator):
         dict(filter_generator="pooled"),
         dict(strides=2, guide_kernel_size=1),
         dict(padding="VALID", kernel_dilation=2),
+        dict(padding="VALID", filter_generator="experts"),
         dict(implementation="blocked"),
     ],
 )
@@ -675,3 +676,13 @@ def test_vmap_over_an_axis_that_a_mesh_parts(mesh):
     alone = [gradients(jax.device_get(variables), one) for one in x]
     expected = jax.tree.map(lambda *leaves: jnp.stack(leaves), *alone)
     chex.assert_trees_all_close(mapped, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_a_layer_refuses_of_its_arguments(no_shape_checks):
+    with pytest.raises(ValueError, match="'highest'.*got \\('highest', 'default'\\)"):
+        DRConv(6, precision=("highest", "default")).init(KEY, X)
+    with pytest.raises(ValueError, match=r"got \(\)"):
+        DRConv(6).init(KEY, jnp.zeros(()))
+    empty = jnp.zeros((2, 0, 6, 4))
+    with pytest.raises(ValueError, match=r"at least one position.*\(2, 0, 6, 8\)"):
+        DRConv(6, padding=3).init(KEY, empty, guide=jnp.zeros((2, 0, 6, 8)))

@@ -354,6 +354,31 @@ def test_a_guide_can_start_as_a_grid_and_learns_from_there(pool):
     assert (regions(moved) != grid[None]).any()
 
 
+def test_an_empty_batch_gives_no_logits():
+    for network in (*TINY.values(), create_model("mobilefacenet")):
+        model = network if isinstance(network, nn.Module) else network()
+        run = lambda key, model=model: model.init_with_output(key, jnp.zeros((0, 32, 32, 3)))[0]  # noqa: E731
+        assert jax.eval_shape(run, jax.random.key(0)).shape[0] == 0
+
+
+def test_a_guide_that_nobody_has_a_number_for():
+    class Own(nn.Module):
+        features: int
+        kernel_size: tuple[int, int]
+        strides: int = 1
+        padding: int = 0
+        use_bias: bool = True
+        dtype: type | None = None
+
+        @nn.compact
+        def __call__(self, x, guide):
+            return nn.Conv(self.features, self.kernel_size)(x) * guide.mean()
+
+    model = TINY["shufflenet_v2"](conv=Own, guide=BlockGuide())
+    with pytest.raises(ValueError, match=r"Own needs a guide .*guide=BlockGuide\(regions\)"):
+        jax.eval_shape(model.init, jax.random.key(0), images(1))
+
+
 def test_bad_guides(no_shape_checks):
     for fields, message in (
         ({"pool": 0}, "pool of a BlockGuide must be at least 1, got 0"),

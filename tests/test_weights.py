@@ -156,8 +156,12 @@ def test_a_dr_network_starts_from_its_plain_twin():
 
 
 def test_nothing_that_fits_is_an_error():
-    with pytest.raises(ValueError, match="none of its 1 fits"):
+    with pytest.raises(ValueError, match="none of its 1 does"):
         load_matching(drawn(shapes()), {"w": np.zeros(3)})
+    with pytest.raises(ValueError, match=r"w is \(3,\) in the source and \(2,\) in the network"):
+        load_matching({"w": np.zeros(2)}, {"w": np.zeros(3)})
+    with pytest.raises(ValueError, match="source must hold arrays, got none"):
+        load_matching({"w": np.zeros(2)}, {})
 
 
 def test_arguments_in_another_order(tmp_path):

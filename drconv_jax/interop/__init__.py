@@ -11,13 +11,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
 from drconv_jax.interop.drconv import entries_of_drconv
-from drconv_jax.interop.entries import Entry, arrays_of, check_names, prefix_of
+from drconv_jax.interop.entries import Entry, arrays_of, check_names, converted, prefix_of
 from drconv_jax.interop.networks import NETWORKS, entries_of_network
 from drconv_jax.linen import DRConv
 
@@ -66,9 +65,7 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
         arrays = {name.removeprefix(prefix): array for name, array in arrays.items()}
         entries = table(module, arrays)
     check_names(entries, arrays)
-    flat = {
-        entry.path: jnp.asarray(entry.convert(arrays[entry.name]), entry.dtype) for entry in entries
-    }
+    flat = {entry.path: converted(entry, arrays[entry.name]) for entry in entries}
     return unflatten_dict(flat)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from jaxtyping import Array
 
 from drconv_jax.weights import in_plain_memory
 
@@ -34,6 +35,22 @@ class Entry:
     dtype: DTypeLike = jnp.float32
 
 
+def converted(entry: Entry, array: np.ndarray) -> Array:
+    """An array as the variable that it becomes.
+
+    Raises:
+      ValueError: a number of it is larger than the variable's dtype can hold.
+    """
+    with np.errstate(over="ignore"):
+        variable = jnp.asarray(entry.convert(array), entry.dtype)
+    if np.isfinite(array).all() and not jnp.isfinite(variable).all():
+        raise ValueError(
+            f"{entry.name} has numbers that {jnp.dtype(entry.dtype).name} cannot hold, up to "
+            f"{np.abs(array).max():.3g}; give the module a wider param_dtype."
+        )
+    return variable
+
+
 def oihw_to_hwio(kernel: np.ndarray) -> np.ndarray:
     """PyTorch keeps kernels as (out, in, *kernel), Flax as (*kernel, in, out)."""
     return np.moveaxis(kernel, (0, 1), (-1, -2))
@@ -51,15 +68,16 @@ def arrays_of(state_dict: Any) -> dict[str, np.ndarray]:
             f"returns it, got {type(state_dict).__name__}."
         )
     inner = [name for name, value in state_dict.items() if isinstance(value, Mapping)]
-    if inner:
-        name = next((name for name in _KEPT_AS if name in inner), None)
-        if name is None:
-            raise TypeError(
-                "state_dict must map names to arrays, but holds the mappings "
-                f"{', '.join(map(repr, inner))}; pass the one that is the network's state dict."
-            )
+    if name := next((name for name in _KEPT_AS if name in inner), None):
         warnings.warn(f'The weights are those in the checkpoint\'s "{name}".', stacklevel=3)
         return arrays_of(state_dict[name])
+    if inner and not any(np.ndim(value) for name, value in state_dict.items() if name not in inner):
+        raise TypeError(
+            "state_dict must map names to arrays, but holds the mappings "
+            f"{', '.join(map(repr, inner))}; pass the one that is the network's state dict."
+        )
+    # Beside arrays, a mapping says something about them, as "_metadata" does.
+    state_dict = {name: value for name, value in state_dict.items() if name not in inner}
     return {str(name): _as_numpy(str(name), value) for name, value in state_dict.items()}
 
 

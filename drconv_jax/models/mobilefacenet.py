@@ -164,7 +164,7 @@ class MobileFaceNet(nn.Module):
         whole = (x.shape[1], x.shape[2])
         x = depthwise_conv(x, "global_depthwise", kernel_size=whole, padding=0, dtype=self.dtype)
         x = norm(x, "global_depthwise_norm", train=train, dtype=self.dtype)
-        x = x.reshape(x.shape[0], -1)
+        x = x.reshape(x.shape[0], x.shape[-1])
         if self.embedding_size is not None:
             x = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype, name="embedding")(x)
             x = norm(x, "embedding_norm", train=train, dtype=self.dtype)

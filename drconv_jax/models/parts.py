@@ -150,15 +150,24 @@ class BlockGuide:
         Raises:
           ValueError: the convolution has another number of regions than this guide.
         """
-        if "guide" not in inspect.signature(convolution).parameters:
+        parameters = inspect.signature(convolution).parameters
+        if "guide" not in parameters:
             return None
         own: int | None = getattr(convolution, "regions", None)
         if None not in (own, self.regions) and own != self.regions:
             raise ValueError(
                 f"BlockGuide(regions={self.regions}) does not fit a {type(convolution).__name__} "
-                f"with regions={own}; leave out one of the two numbers."
+                f"with regions={own}; leave out the guide's number, or make the convolution by "
+                f"conv=functools.partial(DRConv, regions={self.regions})."
             )
-        return self.regions if own is None else own
+        regions = self.regions if own is None else own
+        required = parameters["guide"].default is inspect.Parameter.empty
+        if regions is None and required:
+            raise ValueError(
+                f"{type(convolution).__name__} needs a guide and does not say of how many regions; "
+                "say it by guide=BlockGuide(regions)."
+            )
+        return regions
 
     def __call__(
         self, x: Float[Array, "batch height width in"], regions: int, dtype: Dtype | None = None

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from drconv_jax.checks import check_count, check_guide_dtype
+from drconv_jax.checks import check_count, check_guide_dtype, check_precision
 from drconv_jax.geometry import Padding, window_of
 from drconv_jax.region_conv import automatic, blocked, cpu, pallas
 from drconv_jax.region_conv.fused import RegionConv, fused
@@ -78,6 +78,7 @@ def region_conv(
             f"{filters.dtype}."
         )
     check_guide_dtype(guide_features)
+    check_precision(precision)
     if rank not in (1, 2, 3):
         raise ValueError(
             "x must have shape (batch, *spatial, in) with 1, 2 or 3 spatial dimensions, got "

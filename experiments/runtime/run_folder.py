@@ -80,8 +80,8 @@ def check_data(folder: pathlib.Path, facts: Facts) -> None:
 
     Args:
       folder: the run's; one without a record agrees with all data.
-      facts: what is known of the data now, by short names; those of them that the record has not
-        are not compared.
+      facts: what is known of the data now, by short names; what only they or only the record tell
+        is not compared.
 
     Raises:
       UserError: they differ, or the record cannot be read.
@@ -90,9 +90,9 @@ def check_data(folder: pathlib.Path, facts: Facts) -> None:
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
         differences = [
-            f"{name} was {value} and is {facts.get(name, 'unknown')}"
+            f"{name} was {value} and is {facts[name]}"
             for name, value in recorded.items()
-            if facts.get(name) != value
+            if name in facts and facts[name] != value
         ]
     except FileNotFoundError:
         return
