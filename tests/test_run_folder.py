@@ -116,8 +116,7 @@ def test_the_data_that_a_run_is_trained_on(tmp_path):
     assert "trained on other data: training images was 40 and is 39. Continue it" in str(
         refused.value
     )
-    with pytest.raises(UserError, match="classes was ab12 and is unknown. "):
-        run_folder.check_data(tmp_path, {"training images": 40})
+    run_folder.check_data(tmp_path, {"training images": 40})  # of data held otherwise
     for damaged in ("{", json.dumps([1])):
         (tmp_path / "data.json").write_text(damaged)
         with pytest.raises(UserError, match='data.json", the record of the data, cannot be read'):
