@@ -80,7 +80,7 @@ class ArraySplit:
         """The same for the same samples and labels, in memory or on a disk."""
         if self.origin is not None:
             return self.origin[0].digest()
-        return self.content_digest or digest_of([self.images.tobytes(), self.labels.tobytes()])
+        return digest_of([self.images.tobytes(), self.labels.tobytes()])
 
 
 Split = ArraySplit | EncodedSplit
@@ -117,7 +117,7 @@ class Dataset:
         }
         for name, split in (("training", self.train), ("test", self.test)):
             facts |= {f"{name} images": len(split), f"{name} digest": split.digest()}
-            if isinstance(split, ArraySplit) and split.origin and split.content_digest:
+            if isinstance(split, ArraySplit) and split.content_digest:
                 facts[f"{name} contents"] = split.content_digest
         return facts
 
