@@ -712,9 +712,8 @@ def test_the_identity_of_data(tree, tmp_path):
     for hold in ("memory", "disk"):
         assert kept[f"folder:{where}", hold] == kept[f"folder:{archive}", hold]
     assert kept[f"folder:{where}", "disk"] == identity(f"folder:{tree}", hold="disk")
-    on_disk, in_memory = (kept[f"folder:{where}", hold] for hold in ("disk", "memory"))
-    assert on_disk.keys() < in_memory.keys()
-    assert on_disk["training digest"] == in_memory["training digest"]
+    # In memory, more is known, and what both know is the same.
+    assert kept[f"folder:{where}", "disk"].items() < kept[f"folder:{where}", "memory"].items()
     shutil.move(records, tmp_path / "moved")
     moved = f"arrayrecord:{tmp_path / 'moved'}"
     assert identity(moved, hold="disk") == kept[f"arrayrecord:{records}", "disk"]
