@@ -192,6 +192,7 @@ def main() -> None:
     """Prints the table."""
     from drconv_jax.models import create_model, list_models
 
+    jax.config.update("jax_platforms", "cpu")  # shapes are all that is computed
     print("Millions; images of 224x224 pixels, faces of 112x112. dr_: the last 1x1 convolution of")
     print(
         "every block is a DRConv with 8 regions; dr_..._all: all of them, as in the released code."

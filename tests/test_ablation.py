@@ -99,13 +99,14 @@ def test_the_straight_through_gradient():
 @pytest.fixture
 def faked(monkeypatch, tmp_path):
     """Runs that leave a report at once; gives the list of those that were done."""
-    done = []
+    done, images = [], [40]
 
     def start(run, cores, runs):
         folder = runs / f"{run.case}-{run.seed}"
         folder.mkdir(parents=True)
         accuracy = 0.5 + 0.1 * run.seed
         (folder / "report.json").write_text(json.dumps({"test_accuracy": accuracy}))
+        (folder / "data.json").write_text(json.dumps({"training images": images[0]}))
         done.append((run.case, run.seed))
         status = 1 if run.case == "m16" else 0
         process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
@@ -115,11 +116,11 @@ def faked(monkeypatch, tmp_path):
     arguments = functools.partial(
         ablation.Arguments, "folder:x", runs=tmp_path / "runs", out=tmp_path / "out"
     )
-    return done, arguments
+    return done, arguments, images
 
 
 def test_finished_runs_are_skipped(faked, tmp_path):
-    done, arguments = faked
+    done, arguments, images = faked
     ablation._run_all(arguments(cases=("plain", "dr"), seeds=2), Results(tmp_path / "out"))
     assert sorted(done) == [("dr", 0), ("dr", 1), ("plain", 0), ("plain", 1)]
     results = Results(tmp_path / "out")
@@ -132,12 +133,15 @@ def test_finished_runs_are_skipped(faked, tmp_path):
     done.clear()
     ablation._run_all(arguments(cases=("plain", "m2"), seeds=2), results)
     assert sorted(done) == [("m2", 0), ("m2", 1)]
+    images[0] = 41
+    with pytest.raises(UserError, match="was trained on other data than plain with seed 0"):
+        ablation._run_all(arguments(cases=("plain", "m4"), seeds=2), results)
     with pytest.raises(UserError, match="has plain with seed 0 done by other options"):
         ablation._run_all(arguments(cases=("plain",), epochs=9), Results(tmp_path / "out"))
 
 
 def test_the_data_may_lie_elsewhere(faked, tmp_path):
-    done, _ = faked
+    done, *_ = faked
     for data in ("folder:x", "folder:../y z/cifar10.zip"):
         arguments = ablation.Arguments(
             data, cases=("plain",), seeds=1, runs=tmp_path / "runs", out=tmp_path / "out"
@@ -164,7 +168,7 @@ def test_readmes_command_finds_the_published_results():
 
 
 def test_a_run_that_fails_stops_the_study(faked, tmp_path):
-    _, arguments = faked
+    _, arguments, _ = faked
     with pytest.raises(UserError, match="m16-0 ended with status 1; see"):
         ablation._run_all(arguments(cases=("m16",), seeds=1, jobs=1), Results(tmp_path / "out"))
 

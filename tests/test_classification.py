@@ -335,9 +335,9 @@ def test_what_may_change_where_a_run_goes_on(tree, begin, tmp_path, monkeypatch)
     assert begin("--run-dir=~/run", "--data", "folder:images", *options)[0] == "begun"
     assert config()["data"] == f"folder:{tree}"
     tree.rename(tmp_path / "moved")
-    changes = "--data=folder:~/moved", "--hold=disk", "--checkpoint.keep=3", "--train.remat"
+    changes = "--data=folder:~/moved", "--checkpoint.keep=3", "--train.remat"
     assert begin("--resume=~/run", *changes, "--workers=1")[0] == "begun"
-    assert config()["data"] == f"folder:{tmp_path / 'moved'}" and config()["hold"] == "disk"
+    assert config()["data"] == f"folder:{tmp_path / 'moved'}"
     assert config()["checkpoint"]["keep"] == 3 and config()["train"]["remat"]
     again = "--auto-resume", "--run-dir", run, *options, *changes[1:]
     assert begin(*again, "--data=folder:moved")[0] == "begun"

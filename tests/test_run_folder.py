@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -104,6 +105,16 @@ def test_a_folder_that_cannot_be_made(tmp_path):
         pass
 
 
+def test_a_holder_file_that_a_cut_of_power_left_empty(tmp_path):
+    holder = tmp_path / "run" / ".holder"
+    holder.parent.mkdir()
+    holder.write_bytes(b"")
+    (holder.parent / "config.json").write_text("{}")
+    os.utime(holder, (time.time() - 600,) * 2)
+    with run_folder.held(holder.parent, "--run-dir"):
+        assert holder.stat().st_size > 0
+
+
 def test_the_data_that_a_run_is_trained_on(tmp_path):
     facts = {"training images": 40, "classes": "ab12"}
     run_folder.check_data(tmp_path, facts)  # a run of an older version
@@ -116,8 +127,11 @@ def test_the_data_that_a_run_is_trained_on(tmp_path):
     assert "trained on other data: training images was 40 and is 39. Continue it" in str(
         refused.value
     )
-    run_folder.check_data(tmp_path, {"training images": 40})  # of data held otherwise
-    for damaged in ("{", json.dumps([1])):
+    with pytest.raises(UserError, match="classes was ab12 and is unknown. "):
+        run_folder.check_data(tmp_path, {"training images": 40})
+    with pytest.raises(UserError, match="processes of this run read different data: classes was"):
+        run_folder.check_data(tmp_path, {**facts, "classes": "x"}, new=True)
+    for damaged in ("{", "{}", json.dumps([1])):
         (tmp_path / "data.json").write_text(damaged)
         with pytest.raises(UserError, match='data.json", the record of the data, cannot be read'):
             run_folder.check_data(tmp_path, facts)

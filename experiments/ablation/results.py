@@ -24,12 +24,14 @@ class Run:
       seed: its seed.
       command: Python's arguments, but for the run's folder.
       report: the run's report.json; None before it is done.
+      data: the run's data.json, what it was trained on; None of older runs.
     """
 
     case: str
     seed: int
     command: list[str]
     report: dict[str, Any] | None = None
+    data: dict[str, Any] | None = None
 
     @property
     def options(self) -> list[str]:
@@ -78,8 +80,22 @@ class Results:
         return False
 
     def add(self, run: Run, folder: pathlib.Path) -> None:
-        """Takes in the report that a run has left in its folder."""
-        report = json.loads((folder / "report.json").read_text(encoding="utf-8"))
-        self.runs.append(dataclasses.replace(run, report=report))
+        """Takes in the report that a run has left in its folder.
+
+        Raises:
+          UserError: it was trained on other data than a run that is there.
+        """
+        report, data = (
+            json.loads((folder / name).read_text(encoding="utf-8"))
+            for name in ("report.json", "data.json")
+        )
+        for known in self.runs:
+            if known.data not in (None, data):
+                raise UserError(
+                    f'--data: the run in "{folder}" was trained on other data than {known.case} '
+                    f'with seed {known.seed} in "{self._path}"; name another --out, and another '
+                    "--runs."
+                )
+        self.runs.append(dataclasses.replace(run, report=report, data=data))
         rows = [dataclasses.asdict(known) for known in self.runs]
         write_text(self._path, json.dumps(rows, indent=1) + "\n")

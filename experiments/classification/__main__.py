@@ -74,7 +74,7 @@ PRESETS = {
 Preset = Literal["small", "imagenet", "mobilenet"]
 
 # What may be other than before where a run goes on; the number of epochs as _check_epochs says.
-_MAY_CHANGE = ("data", "hold", "train.epochs", "train.remat", "checkpoint.")
+_MAY_CHANGE = ("data", "train.epochs", "train.remat", "checkpoint.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Arguments:
     must be as they were."""
     resume: commands.Path | None = None
     """Continue the run in this folder, with its own options. These may be given anew: --data, if
-    the same data is elsewhere now; --hold, --workers, --threads, --train.remat, --checkpoint.* and
+    the same data is elsewhere now; --workers, --threads, --train.remat, --checkpoint.* and
     where to run; --train.epochs, if the learning rates of the steps behind it would have been the
     same: always with the exponential schedule, during warm-up with the others, which end at zero
     after the last epoch."""
@@ -203,7 +203,10 @@ def run(
         if leads and not recorded:
             run_folder.record_data(run_dir, facts)
     with meshes.refusing_together():
-        run_folder.check_data(run_dir, facts)
+        run_folder.check_data(run_dir, facts, new=before is None)
+    if leads and before is not None:
+        for name, (new, old) in configs.differences(config, before).items():
+            print(f"{configs.option(name)} is {new} from now on; it was {old}")
     if leads:
         config_text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
         try:
@@ -333,17 +336,23 @@ def _folder(arguments: Arguments, holding: contextlib.ExitStack) -> pathlib.Path
                 raise UserError(f"--run-dir must be given with {why}.")
         name = f"{arguments.config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
         new = pathlib.Path("runs") / "classification" / name
+        _check_pattern(new, option)
         return holding.enter_context(run_folder.held(new, option, new=True))
     if chosen.exists() and not chosen.is_dir():
         raise UserError(f'{option}: "{chosen}" is not a folder; name another.')
-    if found := set("*?[") & set(str(chosen.absolute())):
-        raise UserError(  # orbax looks for the parts of a checkpoint by a pattern
-            f'{option}: "{chosen.absolute()}" has {" and ".join(sorted(found))} in it, and '
-            "checkpoints written there cannot be read again; name another folder."
-        )
+    _check_pattern(chosen, option)
     if meshes.leads():
         holding.enter_context(run_folder.held(chosen, option))
     return chosen
+
+
+def _check_pattern(folder: pathlib.Path, option: str) -> None:
+    """Refuses a folder whose path orbax, looking for a checkpoint's parts, takes for a pattern."""
+    if found := set("*?[") & set(str(folder.absolute())):
+        raise UserError(
+            f'{option}: "{folder.absolute()}" has {" and ".join(sorted(found))} in it, and '
+            "checkpoints written there cannot be read again; name another folder."
+        )
 
 
 def _options_before(arguments: Arguments, run_dir: pathlib.Path) -> Config | None:
@@ -378,9 +387,6 @@ def _options_before(arguments: Arguments, run_dir: pathlib.Path) -> Config | Non
             f'{option}: the run in "{run_dir}" has other options: {options}; leave these as they '
             "are, or begin a run in another folder."
         )
-    if meshes.leads():
-        for name, (new, old) in changed.items():
-            print(f"{configs.option(name)} is {new} from now on; it was {old}")
     return before
 
 

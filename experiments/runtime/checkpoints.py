@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from experiments.runtime.errors import UserError, disk_is_full
+from experiments.runtime.errors import UserError, disk_is_full, reason
 from experiments.runtime.mesh import leads, meet
 
 
@@ -217,7 +217,15 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
+            if isinstance(error, UserError):
+                raise
             if not disk_is_full(error):
+                if isinstance(error, OSError) or not self._folder.exists():
+                    raise UserError(
+                        f'no checkpoint can be written to "{self._folder}" any more: '
+                        f"{reason(error).splitlines()[0]}. Continue with --resume "
+                        f"{self._folder.parent} when that folder is there again"
+                    ) from None
                 raise
             whole = sorted(int(p.name) for p in self._folder.glob("*") if p.name.isdigit())
             rest = f"checkpoint {whole[-1]} is whole" if whole else "there is no checkpoint yet"

@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -157,7 +159,8 @@ def _decoded(
     broken: list[str] = []
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         found = pool.map(decode, range(len(split)))
-        for report in track(found, f"reading {name} images", len(split), transient=True):
+        shown = functools.partial(track, transient=True, disable=not sys.stdout.isatty())
+        for report in shown(found, f"reading {name} images", len(split)):
             if report is not None:
                 broken.append(report)
     skipped += broken
@@ -165,6 +168,11 @@ def _decoded(
     if not good.any():
         raise UserError(
             f'no image of the {name} split of "{where}" can be read; the first is {broken[0]}.'
+        )
+    if len(split) >= 16 and 2 * good.sum() < len(split):
+        raise UserError(
+            f'{len(broken)} of {len(split)} images of the {name} split of "{where}" cannot be '
+            f"read; the first is {broken[0]}."
         )
     for label, title in enumerate(classes):
         if label not in labels[good]:

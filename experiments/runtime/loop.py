@@ -229,15 +229,17 @@ class _Run:
 
     def _train_epoch(self) -> None:
         """Takes the steps that are left of the epoch."""
-        self.mark = time.perf_counter()
         pending: tuple[int, Results, np.ndarray] | None = None
-        for number in range(self.record.steps + 1, self.steps_per_epoch + 1):
+        first = self.record.steps + 1
+        for number in range(first, self.steps_per_epoch + 1):
             try:
                 index, batch = next(self.batches)
             except DataLost as error:
                 if pending:
                     self._settle(*pending)
                 self._leave_without_data(error)
+            if number == first:  # what it takes to start reading is not the speed of training
+                self.mark = time.perf_counter()
             self.state, results = self.train_step(self.state, batch)
             self.step += 1
             stop, save = self._requests(self._overdue())

@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Mapping
 
 import filelock
@@ -55,18 +56,14 @@ def held(folder: pathlib.Path, option: str, *, new: bool = False) -> Iterator[pa
             folder.mkdir(parents=True, exist_ok=True)
             _lock(folder, option, locks)
         except OSError as error:
+            _unmake(folder, made, locks)
             raise UserError(
                 f'{option}: "{folder}" cannot be written to: {error.strerror or error}.'
             ) from None
         try:
             yield folder
         finally:
-            if {path.name for path in folder.glob("*")} <= {_LOCK, _HOLDER}:
-                locks.close()
-                (folder / _LOCK).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # somebody else uses it by now
-                    for path in made:
-                        path.rmdir()
+            _unmake(folder, made, locks)
 
 
 def newest_step(folder: pathlib.Path) -> int:
@@ -75,13 +72,14 @@ def newest_step(folder: pathlib.Path) -> int:
     return max((int(name) for name in names if name.isdigit()), default=0)
 
 
-def check_data(folder: pathlib.Path, facts: Facts) -> None:
+def check_data(folder: pathlib.Path, facts: Facts, *, new: bool = False) -> None:
     """Compares the data with what the run's folder says that the run is trained on.
 
     Args:
       folder: the run's; one without a record agrees with all data.
-      facts: what is known of the data now, by short names; what only they or only the record tell
-        is not compared.
+      facts: what is known of the data now, by short names; those of them that the record has not
+        are not compared.
+      new: whether the run begins, and the record is what its first process has read.
 
     Raises:
       UserError: they differ, or the record cannot be read.
@@ -89,10 +87,12 @@ def check_data(folder: pathlib.Path, facts: Facts) -> None:
     path = folder / _DATA
     try:
         recorded = json.loads(path.read_text(encoding="utf-8"))
+        if not recorded:
+            raise ValueError("it is empty")
         differences = [
-            f"{name} was {value} and is {facts[name]}"
+            f"{name} was {value} and is {facts.get(name, 'unknown')}"
             for name, value in recorded.items()
-            if name in facts and facts[name] != value
+            if facts.get(name) != value
         ]
     except FileNotFoundError:
         return
@@ -101,6 +101,11 @@ def check_data(folder: pathlib.Path, facts: Facts) -> None:
             f'"{path}", the record of the data, cannot be read: {error}; remove it if you are sure '
             "that --data is what the run was trained on."
         ) from None
+    if differences and new:
+        raise UserError(
+            f"--data: the processes of this run read different data: {', '.join(differences)}; "
+            "show all of them the same."
+        )
     if differences:
         raise UserError(
             f'--data: the run in "{folder}" is trained on other data: {", ".join(differences)}. '
@@ -117,6 +122,16 @@ def has_data_record(folder: pathlib.Path) -> bool:
 def record_data(folder: pathlib.Path, facts: Facts) -> None:
     """Writes down what the run is trained on."""
     write_text(folder / _DATA, json.dumps(dict(facts), indent=2) + "\n")
+
+
+def _unmake(folder: pathlib.Path, made: list[pathlib.Path], locks: contextlib.ExitStack) -> None:
+    """Leaves a folder into which no run has written anything as it was before."""
+    if {path.name for path in folder.glob("*")} <= {_LOCK, _HOLDER}:
+        locks.close()
+        with contextlib.suppress(OSError):  # somebody else uses it by now
+            (folder / _LOCK).unlink(missing_ok=True)
+            for path in made:
+                path.rmdir()
 
 
 def _made_anew(folder: pathlib.Path) -> pathlib.Path:
@@ -147,6 +162,7 @@ def _lock(folder: pathlib.Path, option: str, locks: contextlib.ExitStack) -> Non
         if error.errno not in _NO_LOCKS_HERE:
             raise
     try:
+        _drop_if_empty(folder / _HOLDER)
         try:
             locks.enter_context(holder.acquire(timeout=0))
         except filelock.Timeout:
@@ -158,6 +174,14 @@ def _lock(folder: pathlib.Path, option: str, locks: contextlib.ExitStack) -> Non
             locks.enter_context(holder.acquire(timeout=1.25 * _SILENCE, poll_interval=1))
     except filelock.Timeout:
         raise _in_use(folder, option, holder) from None
+
+
+def _drop_if_empty(holder: pathlib.Path) -> None:
+    """Takes away what a cut of power has left of the file that says whose the folder is."""
+    with contextlib.suppress(OSError):
+        found = holder.stat()
+        if found.st_size == 0 and time.time() - found.st_mtime > _SILENCE:
+            holder.unlink()
 
 
 def _in_use(folder: pathlib.Path, option: str, holder: filelock.SoftFileLease) -> UserError:

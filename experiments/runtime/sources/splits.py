@@ -77,10 +77,8 @@ class ArraySplit:
         return split.name_of(int(samples[index]))
 
     def digest(self) -> str:
-        """The same for the same samples and labels, in memory or on a disk."""
-        if self.origin is not None:
-            return self.origin[0].digest()
-        return digest_of([self.images.tobytes(), self.labels.tobytes()])
+        """The same for the same images and labels."""
+        return self.content_digest or digest_of([self.images.tobytes(), self.labels.tobytes()])
 
 
 Split = ArraySplit | EncodedSplit
@@ -108,18 +106,17 @@ class Dataset:
         """What tells this data from other data, by short names.
 
         Where the data lies is no part of it; what images, labels and classes there are is. Of what
-        is on a disk, only some images are read for a digest: names and sizes (in ArrayRecord, of
-        whole files) stand for the others. What is held in memory has a digest of all contents too.
+        is held on a disk, only some images are read for it: names and sizes (in ArrayRecord, of
+        whole files) stand for the others.
         """
-        facts: dict[str, str | int] = {
+        return {
             "classes": len(self.classes),
             "class names": digest_of([json.dumps(self.classes).encode()]),
+            "training images": len(self.train),
+            "training digest": self.train.digest(),
+            "test images": len(self.test),
+            "test digest": self.test.digest(),
         }
-        for name, split in (("training", self.train), ("test", self.test)):
-            facts |= {f"{name} images": len(split), f"{name} digest": split.digest()}
-            if isinstance(split, ArraySplit) and split.content_digest:
-                facts[f"{name} contents"] = split.content_digest
-        return facts
 
 
 def digest_of(parts: Iterable[bytes]) -> str:
@@ -186,6 +183,9 @@ def count_of(count: int, noun: str) -> str:
 
 
 def can_be_mirrored(classes: Sequence[str]) -> bool:
-    """Whether mirror images are as good: not of characters, which are told by classes' names."""
+    """Whether mirror images are as good: not of characters, which are told by classes' names.
+
+    Names of characters are single characters, numbers (EMNIST's classes), and words as "zero".
+    """
     words = {"zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"}
-    return not all(len(name) == 1 or name.lower() in words for name in classes)
+    return not all(len(name) == 1 or name.isdigit() or name.lower() in words for name in classes)

@@ -56,11 +56,13 @@ def folder(path: pathlib.Path) -> Dataset:
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
+            # One file may stand under two spellings of its path.
+            spelt = {_parts_in_zip(name): name for name in members}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         raise UserError(f'"{path}" is neither a folder nor a zip file that can be read.') from None
     if members and all(info.flag_bits & 1 for info in members.values()):
         raise UserError(f'"{path}" is encrypted; give a zip without a password, or a folder.')
-    return _dataset(str(path), sorted(members), _ZipReader(path), [])
+    return _dataset(str(path), sorted(spelt.values()), _ZipReader(path), [])
 
 
 class _Reader(Protocol):
@@ -69,6 +71,9 @@ class _Reader(Protocol):
 
     def size(self, name: str) -> int | None:
         """Its bytes, or None where that cannot be told."""
+
+    def parts(self, name: str) -> Folder:
+        """The folders that it is in, and its own name."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +88,9 @@ class _FolderReader:
             return (self.root / name).stat().st_size
         except OSError:
             return None
+
+    def parts(self, name: str) -> Folder:
+        return tuple(name.split("/"))
 
 
 class _ZipReader:
@@ -110,6 +118,9 @@ class _ZipReader:
     def size(self, name: str) -> int | None:
         with self._lock:
             return self._opened().getinfo(name).file_size
+
+    def parts(self, name: str) -> Folder:
+        return _parts_in_zip(name)
 
     def _opened(self) -> zipfile.ZipFile:
         if self._archive is None:
@@ -155,13 +166,13 @@ class _FileSplit:
         return self.names[index]
 
     def digest(self) -> str:
-        files = (
-            f"{'/'.join(_parts(name)[self.depth :])} {label} {self.reader.size(name)}".encode(
-                errors="surrogateescape"
-            )
-            for name, label in zip(self.names, self.labels.tolist(), strict=True)
+        def about(name: str, label: int) -> bytes:
+            path = "/".join(self.reader.parts(name)[self.depth :])
+            return f"{path} {label} {self.reader.size(name)}".encode(errors="surrogateescape")
+
+        return digest_of(
+            itertools.chain(map(about, self.names, self.labels.tolist()), some_contents(self))
         )
-        return digest_of(itertools.chain(files, some_contents(self)))
 
 
 class _Found(NamedTuple):
@@ -176,7 +187,7 @@ def _dataset(where: str, names: Iterable[str], reader: _Reader, left_out: list[s
     images: dict[Folder, list[str]] = collections.defaultdict(list)
     others: collections.Counter[str] = collections.Counter()
     for name in names:
-        parts = _parts(name)
+        parts = reader.parts(name)
         if any(map(_is_hidden, parts)):
             continue
         suffix = pathlib.PurePosixPath(parts[-1]).suffix.lower()
@@ -299,14 +310,13 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def _parts(name: str) -> Folder:
-    """The folders and the file of a path.
+def _parts_in_zip(name: str) -> Folder:
+    """The folders and the file of a path in a zip.
 
     Old Windows programs write zips with backslashes; what leads out of a zip leads nowhere.
     """
-    if "/" not in name:
-        name = name.replace("\\", "/")
-    return tuple(part for part in name.split("/") if part not in ("", ".", ".."))
+    parts = name.replace("\\", "/").split("/")
+    return tuple(part for part in parts if part not in ("", ".", ".."))
 
 
 def _files_below(root: pathlib.Path) -> tuple[list[str], list[str]]:
