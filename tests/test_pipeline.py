@@ -495,8 +495,13 @@ def test_a_row_without_an_image_is_skipped(hold, hugging_face):
 
 @pytest.mark.parametrize(
     "names,flips",
-    [(["0", "1"], False), (["zero", "One"], False), (["A", "b"], False), (["3", "10"], False)]
-    + [(["cat", "10"], True)],
+    [
+        (["0", "1"], False),
+        (["zero", "One"], False),
+        (["A", "b"], False),
+        (["3", "10"], False),
+        (["cat", "10"], True),
+    ],
 )
 def test_characters_are_not_mirrored(names, flips, hugging_face):
     found = hugging_face({"train": ROWS, "test": ROWS}, names=names)
