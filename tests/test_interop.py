@@ -192,7 +192,7 @@ def test_what_stands_beside_the_arrays():
 
 
 def test_numbers_beyond_the_dtype_are_refused():
-    state, _ = small_state()
+    state = dict(small_state()[0])
     name = next(iter(state))
     state[name] = np.full(np.shape(state[name]), 1e300)
     with pytest.raises(ValueError, match=f"{re.escape(name)} has numbers that float32 cannot hold"):
