@@ -1,0 +1,74 @@
+"""What the dispatcher and the implementations of the region convolution say to each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol, TypeVar
+
+import jax
+from jaxtyping import Array, Float
+
+from drconv_jax.geometry import Window
+from drconv_jax.region_conv.mixture import Mixture
+
+Filters = TypeVar("Filters", Array, Mixture)
+"""Filters that are given, (batch, regions, *kernel, in_per_group, features), or a mixture of them;
+their gradient is of the same kind."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvSpec:
+    """What an implementation is compiled for, besides shapes and dtypes.
+
+    Attributes:
+      window: where the windows lie.
+      groups: of channels, as `feature_group_count`.
+      precision: of the products.
+    """
+
+    window: Window
+    groups: int
+    precision: jax.lax.Precision | None
+
+
+class Implementation(Protocol):
+    """A region convolution and its gradients, but for that of the guide's choice.
+
+    The arguments have been checked, none of them is empty, and neither function is differentiated
+    by JAX.
+    """
+
+    def supports(
+        self,
+        spec: ConvSpec,
+        x: Float[Array, "batch *spatial in"],
+        filters: Filters,
+        guide_features: Float[Array, "batch *out_spatial regions"],
+    ) -> None:
+        """Returns where it does what is asked, judging by shapes and dtypes alone.
+
+        Raises:
+          NotImplementedError: it does not; the message says why, in one sentence.
+        """
+
+    def forward(
+        self,
+        spec: ConvSpec,
+        x: Float[Array, "batch *spatial in"],
+        filters: Filters,
+        guide_features: Float[Array, "batch *out_spatial regions"],
+    ) -> Float[Array, "batch *out_spatial features"]:
+        """y[p] = W[argmax F[p]] applied to the window of x at p, in the dtype of x."""
+
+    def backward(
+        self,
+        spec: ConvSpec,
+        x: Float[Array, "batch *spatial in"],
+        filters: Filters,
+        guide_features: Float[Array, "batch *out_spatial regions"],
+        y: Float[Array, "batch *out_spatial features"],
+        dy: Float[Array, "batch *out_spatial features"],
+    ) -> tuple[
+        Float[Array, "batch *spatial in"], Filters, Float[Array, "batch *out_spatial regions"]
+    ]:
+        """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
