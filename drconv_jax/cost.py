@@ -150,15 +150,14 @@ def _local(layer: nn.ConvLocal, params: Any, x: Any, y: Any) -> _Parts:
 
 
 def _drconv(layer: DRConv, params: Any, x: Any, y: Any) -> _Parts:
-    kernel = Hyperparameters.of(layer).kernel
+    hyper = Hyperparameters.of(layer)
+    kernel = hyper.kernel
     taps, samples = math.prod(kernel), math.prod(x.shape[: -len(kernel) - 1])
-    mixing, bank = params["filters"]["mixing_kernel"], params["filters"]["bank_kernel"]
-    positions = math.prod(y.shape[:-1])
-    parts: _Parts = {(): positions * taps * math.prod(bank.shape[-2:])}
-    if layer.filter_generator == "pooled":  # every tap mixes the banks of all regions
-        parts["filters",] = samples * taps * (mixing.size + bank.size)
-    else:  # every region mixes the one bank, whose filters are whole
-        parts["filters",] = samples * (mixing.size + layer.regions * bank.size)
+    positions, in_per_group = math.prod(y.shape[:-1]), x.shape[-1] // layer.feature_group_count
+    parts: _Parts = {
+        (): positions * taps * in_per_group * layer.features,
+        ("filters",): samples * hyper.generator.multiply_adds(params["filters"], kernel),
+    }
     if "guide" in params:
         parts["guide",] = positions * params["guide"]["kernel"].size
     return parts

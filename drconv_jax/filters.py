@@ -1,8 +1,7 @@
 """Filter generators: from a sample to its m filters, as pure functions of (params, x).
 
-A generator is a pair of functions. `init` makes its parameters, a flat dictionary of arrays;
-`factors` says of what every sample's filters are mixed, which `drconv_jax.mixing` then does.
-`GENERATORS` has them by name:
+A generator is a frozen object that knows all of itself: how its parameters start, of what it mixes
+every sample's filters, what that costs. `GENERATORS` has them by name:
 
 - "mixture", the default: the input's global average names how each region mixes one bank of
   experts that all regions share, with weights 2 sigmoid / sqrt(E).
@@ -30,8 +29,10 @@ A new generator starts well (both hold for each of them):
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -41,8 +42,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from drconv_jax.boxes import boxed_as, unboxed
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import adaptive_average_pool
-from drconv_jax.mixing import Factors, mix
-from drconv_jax.region_conv.sharding import along_batch
+from drconv_jax.region_conv import Mixture
 
 Params = Mapping[str, Array]
 Initializer = Callable[..., Array]
@@ -52,224 +52,277 @@ Initializer = Callable[..., Array]
 _mixing_init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_normal")
 
 
-class FilterGenerator(NamedTuple):
-    """A generator.
+@runtime_checkable
+class FilterGenerator(Protocol):
+    """What makes every sample's filters; `DRConv` takes any object that is one.
 
     Attributes:
-      init: `init(key, in_features, features, kernel_size, regions, ...)` makes the parameters.
-      factors: `factors(params, x, kernel_size, ...)` makes all of the filters but the last product.
-      last_layer: names of the parameters that the filters are linear in, all of them together;
-        their last axis is the features'.
+      linear: names of the parameters that the filters are linear in, all of them together; their
+        last axis is the features'.
     """
 
-    init: Callable[..., dict[str, Any]]
-    factors: Callable[..., Factors]
-    last_layer: tuple[str, ...]
+    linear: tuple[str, ...]
 
-    def apply(
+    def init(
+        self,
+        key: PRNGKeyArray,
+        in_features: int,
+        features: int,
+        kernel_size: Sequence[int],
+        regions: int,
+        *,
+        experts: int = 8,
+        feature_group_count: int = 1,
+        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> dict[str, Any]:
+        """Makes the parameters, a flat dictionary of arrays or of boxes of them.
+
+        Args:
+          key: of their random values.
+          in_features, features, kernel_size, feature_group_count: of the convolution.
+          regions: m.
+          experts: filters of the bank, for those generators that leave the choice.
+          kernel_init: of the filters that a new generator makes.
+          param_dtype: of the parameters.
+        """
+
+    def mixture(
         self,
         params: Params,
         x: Float[Array, "batch *spatial in"],
         kernel_size: Sequence[int],
         *,
         precision: jax.lax.PrecisionLike = None,
-    ) -> Float[Array, "batch regions *kernel in_per_group features"]:
-        """Makes every sample's filters; arguments are those of `pooled_factors`."""
+    ) -> Mixture:
+        """Says of what every sample's m filters are mixed.
 
-        def make(x: Array, params: Params) -> Array:
-            factors = self.factors(params, x, kernel_size, precision=precision)
-            regions, filter_shape = len(params["mixing_bias"]), params["bank_kernel"].shape[-2:]
-            filters = mix(factors, precision=precision)
-            return filters.reshape(x.shape[0], regions, *kernel_size, *filter_shape)
+        Args:
+          params: as `init` makes them, in the dtype to compute in.
+          x: the input, in the same dtype.
+          kernel_size: taps of the filters.
+          precision: of the products, as in `jax.lax.dot_general`.
+        """
 
-        filters: Array = along_batch(make)(x, params)
-        return filters
+    def guide_kernel_size(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Taps of the guide convolution where the layer leaves them open."""
 
-
-def init_pooled(
-    key: PRNGKeyArray,
-    in_features: int,
-    features: int,
-    kernel_size: Sequence[int],
-    regions: int,
-    *,
-    feature_group_count: int = 1,
-    kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
-    param_dtype: DTypeLike = jnp.float32,
-) -> dict[str, Any]:
-    """Parameters of the paper's generator.
-
-    Returns:
-      `mixing_kernel` (in, m, m) and `mixing_bias` (m, m): the 1x1 convolution from the pooled
-      input to m mixing logits for each of m regions; `bank_kernel` (m, m, in/groups, features) and
-      `bank_bias` (m, in/groups, features): the 1x1 convolution in m groups, from each region's m
-      mixing weights to its filter.
-    """
-    mixing_key, bank_key = jax.random.split(key)
-    shape = (*kernel_size, in_features // feature_group_count, features)
-    drawn, kernels = _draw_bank(bank_key, shape, regions, kernel_init, param_dtype)
-    # One tap of whole kernels, their middle: the taps share the bank, and kernel_init must see the
-    # true fan-in.
-    bank = kernels[(slice(None), *((size - 1) // 2 for size in kernel_size))]
-    bank = bank * (2 / regions**0.5)  # a sum of m terms, each weighed by 1/2
-    mixing = _mixing_init(mixing_key, (in_features, regions), param_dtype)
-    return {
-        "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
-        "mixing_bias": jnp.zeros((regions, regions), param_dtype),
-        "bank_kernel": boxed_as(drawn, jnp.repeat(bank[None], regions, axis=0), kept=2),
-        "bank_bias": boxed_as(drawn, jnp.zeros((regions, *shape[-2:]), param_dtype), kept=2),
-    }
+    def multiply_adds(self, params: Mapping[str, Any], kernel_size: Sequence[int]) -> int:
+        """Of the filters of one sample, whose parameters have the shapes of `params`."""
 
 
-def pooled_factors(
-    params: Params,
-    x: Float[Array, "batch *spatial in"],
-    kernel_size: Sequence[int],
-    *,
-    precision: jax.lax.PrecisionLike = None,
-) -> Factors:
+@dataclasses.dataclass(frozen=True)
+class PooledGenerator:
     """The paper's generator (Section 3.3 and Figure 3).
 
     Adaptive average pooling of x to the kernel's size, a 1x1 convolution to m x m channels,
     sigmoid (in float32 or wider), and a 1x1 convolution in m groups without activation.
-
-    Args:
-      params: as `init_pooled` makes them, in the dtype to compute in.
-      x: the input, in the same dtype.
-      kernel_size: taps of the filters.
-      precision: of the products, as in `jax.lax.dot_general`.
-
-    Returns:
-      What m filters per sample are mixed of.
     """
-    context = adaptive_average_pool(x, kernel_size)
-    weights = jax.nn.sigmoid(_mixing_logits(params, context, precision)).astype(x.dtype)
-    bank, bias = params["bank_kernel"], params["bank_bias"]
-    regions, n = bank.shape[:2]
-    return Factors(
-        weights.reshape(x.shape[0], -1, regions, n),
-        bank.reshape(regions, n, -1),
-        bias.reshape(regions, -1),
-    )
+
+    linear: tuple[str, ...] = ("bank_kernel", "bank_bias")
+
+    def init(
+        self,
+        key: PRNGKeyArray,
+        in_features: int,
+        features: int,
+        kernel_size: Sequence[int],
+        regions: int,
+        *,
+        experts: int = 8,
+        feature_group_count: int = 1,
+        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> dict[str, Any]:
+        """See `FilterGenerator.init`; the bank of a region has m filters, whatever `experts` is.
+
+        Returns:
+          `mixing_kernel` (in, m, m) and `mixing_bias` (m, m): the 1x1 convolution from the pooled
+          input to m mixing logits for each of m regions; `bank_kernel` (m, m, in/groups, features)
+          and `bank_bias` (m, in/groups, features): the 1x1 convolution in m groups, from each
+          region's m mixing weights to its filter.
+        """
+        del experts
+        mixing_key, bank_key = jax.random.split(key)
+        shape = (*kernel_size, in_features // feature_group_count, features)
+        drawn, kernels = _draw_bank(bank_key, shape, regions, kernel_init, param_dtype)
+        # One tap of whole kernels, their middle: the taps share the bank, and kernel_init must see
+        # the true fan-in.
+        bank = kernels[(slice(None), *((size - 1) // 2 for size in kernel_size))]
+        bank = bank * (2 / regions**0.5)  # a sum of m terms, each weighed by 1/2
+        mixing = _mixing_init(mixing_key, (in_features, regions), param_dtype)
+        return {
+            "mixing_kernel": jnp.repeat(mixing[:, None], regions, axis=1),
+            "mixing_bias": jnp.zeros((regions, regions), param_dtype),
+            "bank_kernel": boxed_as(drawn, jnp.repeat(bank[None], regions, axis=0), kept=2),
+            "bank_bias": boxed_as(drawn, jnp.zeros((regions, *shape[-2:]), param_dtype), kept=2),
+        }
+
+    def mixture(
+        self,
+        params: Params,
+        x: Float[Array, "batch *spatial in"],
+        kernel_size: Sequence[int],
+        *,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Mixture:
+        """See `FilterGenerator.mixture`."""
+        context = adaptive_average_pool(x, kernel_size)
+        logits = _mixing_logits(params["mixing_kernel"], params["mixing_bias"], context, precision)
+        weights = jnp.moveaxis(jax.nn.sigmoid(logits).astype(x.dtype), -2, 1)
+        taps = range(2, 2 + len(kernel_size))  # which share the bank
+        return Mixture(
+            weights,
+            jnp.expand_dims(params["bank_kernel"], taps),
+            jnp.expand_dims(params["bank_bias"], [axis - 1 for axis in taps]),
+        )
+
+    def guide_kernel_size(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+        """The filters' own, as in the paper."""
+        return kernel_size
+
+    def multiply_adds(self, params: Mapping[str, Any], kernel_size: Sequence[int]) -> int:
+        """See `FilterGenerator.multiply_adds`; every tap mixes the banks of all regions."""
+        return math.prod(kernel_size) * (params["mixing_kernel"].size + params["bank_kernel"].size)
 
 
-def init_mixture(
-    key: PRNGKeyArray,
-    in_features: int,
-    features: int,
-    kernel_size: Sequence[int],
-    regions: int,
-    *,
-    experts: int = 8,
-    feature_group_count: int = 1,
-    kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
-    param_dtype: DTypeLike = jnp.float32,
-) -> dict[str, Any]:
-    """Parameters of the default generator with E experts.
-
-    Returns:
-      `shared_mixing_kernel` (in, E) and `shared_mixing_bias` (E,): the linear map from the averaged
-      input to the E mixing logits of every region; `mixing_kernel` (in, m, E) and `mixing_bias`
-      (m, E): what each region adds to it, zero at first; `bank_kernel` (E, *kernel, in/groups,
-      features): the experts, shared by all regions.
-    """
-    mixing_key, bank_key = jax.random.split(key)
-    shape = (*kernel_size, in_features // feature_group_count, features)
-    drawn, bank = _draw_bank(bank_key, shape, experts, kernel_init, param_dtype)
-    return {
-        "shared_mixing_kernel": _mixing_init(mixing_key, (in_features, experts), param_dtype),
-        "shared_mixing_bias": jnp.zeros(experts, param_dtype),
-        "mixing_kernel": jnp.zeros((in_features, regions, experts), param_dtype),
-        "mixing_bias": jnp.zeros((regions, experts), param_dtype),
-        "bank_kernel": boxed_as(drawn, bank, kept=len(shape)),
-    }
-
-
-def mixture_factors(
-    params: Params,
-    x: Float[Array, "batch *spatial in"],
-    kernel_size: Sequence[int],
-    *,
-    precision: jax.lax.PrecisionLike = None,
-) -> Factors:
+@dataclasses.dataclass(frozen=True)
+class MixtureGenerator:
     """The default generator.
 
     Global average of x, linear maps to E logits that all regions share and to m x E that are
-    added, 2 sigmoid / sqrt(E) (in float32 or wider), and the sum of the E shared filter banks with
+    added, 2 sigmoid / sqrt(E) (in float32 or wider), and the sum of the E shared filters with
     those weights.
-
-    Args:
-      params: as `init_mixture` makes them, in the dtype to compute in.
-      x: the input, in the same dtype.
-      kernel_size: taps of the filters; the bank has them already.
-      precision: of the products, as in `jax.lax.dot_general`.
-
-    Returns:
-      What m filters per sample are mixed of.
     """
-    del kernel_size
-    scale = 2 / params["bank_kernel"].shape[0] ** 0.5
-    whole = {
-        "mixing_kernel": params["shared_mixing_kernel"][:, None] + params["mixing_kernel"],
-        "mixing_bias": params["shared_mixing_bias"][None] + params["mixing_bias"],
-        "bank_kernel": params["bank_kernel"],
-    }
-    return _mixed_experts(whole, x, scale, precision)
+
+    linear: tuple[str, ...] = ("bank_kernel",)
+
+    def init(
+        self,
+        key: PRNGKeyArray,
+        in_features: int,
+        features: int,
+        kernel_size: Sequence[int],
+        regions: int,
+        *,
+        experts: int = 8,
+        feature_group_count: int = 1,
+        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> dict[str, Any]:
+        """See `FilterGenerator.init`, of a bank with E = `experts` filters.
+
+        Returns:
+          `shared_mixing_kernel` (in, E) and `shared_mixing_bias` (E,): the linear map from the
+          averaged input to the E mixing logits of every region; `mixing_kernel` (in, m, E) and
+          `mixing_bias` (m, E): what each region adds to it, zero at first; `bank_kernel` (E,
+          *kernel, in/groups, features): the filters, shared by all regions.
+        """
+        mixing_key, bank_key = jax.random.split(key)
+        shape = (*kernel_size, in_features // feature_group_count, features)
+        drawn, bank = _draw_bank(bank_key, shape, experts, kernel_init, param_dtype)
+        return {
+            "shared_mixing_kernel": _mixing_init(mixing_key, (in_features, experts), param_dtype),
+            "shared_mixing_bias": jnp.zeros(experts, param_dtype),
+            "mixing_kernel": jnp.zeros((in_features, regions, experts), param_dtype),
+            "mixing_bias": jnp.zeros((regions, experts), param_dtype),
+            "bank_kernel": boxed_as(drawn, bank, kept=len(shape)),
+        }
+
+    def mixture(
+        self,
+        params: Params,
+        x: Float[Array, "batch *spatial in"],
+        kernel_size: Sequence[int],
+        *,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Mixture:
+        """See `FilterGenerator.mixture`."""
+        del kernel_size  # the bank has it
+        kernel = params["shared_mixing_kernel"][:, None] + params["mixing_kernel"]
+        bias = params["shared_mixing_bias"][None] + params["mixing_bias"]
+        scale = 2 / params["bank_kernel"].shape[0] ** 0.5
+        return _of_shared_bank(kernel, bias, params["bank_kernel"], scale, x, precision)
+
+    def guide_kernel_size(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+        """The filters' own, as in the paper."""
+        return kernel_size
+
+    def multiply_adds(self, params: Mapping[str, Any], kernel_size: Sequence[int]) -> int:
+        """See `FilterGenerator.multiply_adds`; every region mixes the one bank."""
+        regions = params["mixing_bias"].shape[0]
+        return params["mixing_kernel"].size + regions * params["bank_kernel"].size
 
 
-def init_experts(
-    key: PRNGKeyArray,
-    in_features: int,
-    features: int,
-    kernel_size: Sequence[int],
-    regions: int,
-    *,
-    experts: int = 8,
-    feature_group_count: int = 1,
-    kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
-    param_dtype: DTypeLike = jnp.float32,
-) -> dict[str, Any]:
-    """Parameters of the released code's generator.
-
-    Returns:
-      `mixing_kernel` (in, m, E) and `mixing_bias` (m, E): the linear map from the averaged input
-      to E mixing logits for each region; `bank_kernel`: that of `init_mixture`, sqrt(E) times, as
-      a mean of E filters varies 1 / E as much as each of them.
-    """
-    params = init_mixture(
-        key,
-        in_features,
-        features,
-        kernel_size,
-        regions,
-        experts=experts,
-        feature_group_count=feature_group_count,
-        kernel_init=kernel_init,
-        param_dtype=param_dtype,
-    )
-    shared, bank = params["shared_mixing_kernel"], params["bank_kernel"]
-    return {
-        "mixing_kernel": jnp.repeat(shared[:, None], regions, axis=1),
-        "mixing_bias": params["mixing_bias"],
-        "bank_kernel": boxed_as(bank, unboxed(bank) * experts**0.5, kept=unboxed(bank).ndim),
-    }
-
-
-def experts_factors(
-    params: Params,
-    x: Float[Array, "batch *spatial in"],
-    kernel_size: Sequence[int],
-    *,
-    precision: jax.lax.PrecisionLike = None,
-) -> Factors:
+@dataclasses.dataclass(frozen=True)
+class ExpertsGenerator(MixtureGenerator):
     """The generator of the authors' released code (megvii-research/DRConv).
 
     Global average of x, a linear map to m x E logits, 2 sigmoid / E (in float32 or wider), and the
-    sum of the E shared filter banks with those weights. Arguments are those of `mixture_filters`.
+    sum of the E shared filters with those weights.
     """
-    del kernel_size
-    scale = 2 / params["bank_kernel"].shape[0]
-    return _mixed_experts(params, x, scale, precision)
+
+    def init(
+        self,
+        key: PRNGKeyArray,
+        in_features: int,
+        features: int,
+        kernel_size: Sequence[int],
+        regions: int,
+        *,
+        experts: int = 8,
+        feature_group_count: int = 1,
+        kernel_init: Initializer = jax.nn.initializers.lecun_normal(),
+        param_dtype: DTypeLike = jnp.float32,
+    ) -> dict[str, Any]:
+        """See `FilterGenerator.init`, of a bank with E = `experts` filters.
+
+        Returns:
+          `mixing_kernel` (in, m, E) and `mixing_bias` (m, E): the linear map from the averaged
+          input to E mixing logits for each region; `bank_kernel`: that of `MixtureGenerator`,
+          sqrt(E) times, as a mean of E filters varies 1 / E as much as each of them.
+        """
+        params = super().init(
+            key,
+            in_features,
+            features,
+            kernel_size,
+            regions,
+            experts=experts,
+            feature_group_count=feature_group_count,
+            kernel_init=kernel_init,
+            param_dtype=param_dtype,
+        )
+        shared, bank = params["shared_mixing_kernel"], params["bank_kernel"]
+        return {
+            "mixing_kernel": jnp.repeat(shared[:, None], regions, axis=1),
+            "mixing_bias": params["mixing_bias"],
+            "bank_kernel": boxed_as(bank, unboxed(bank) * experts**0.5, kept=unboxed(bank).ndim),
+        }
+
+    def mixture(
+        self,
+        params: Params,
+        x: Float[Array, "batch *spatial in"],
+        kernel_size: Sequence[int],
+        *,
+        precision: jax.lax.PrecisionLike = None,
+    ) -> Mixture:
+        """See `FilterGenerator.mixture`."""
+        del kernel_size  # the bank has it
+        kernel, bias, bank = params["mixing_kernel"], params["mixing_bias"], params["bank_kernel"]
+        return _of_shared_bank(kernel, bias, bank, 2 / bank.shape[0], x, precision)
+
+    def guide_kernel_size(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
+        """1, as in the released code."""
+        return (1,) * len(kernel_size)
+
+
+GENERATORS: Mapping[str, FilterGenerator] = {
+    "mixture": MixtureGenerator(),
+    "pooled": PooledGenerator(),
+    "experts": ExpertsGenerator(),
+}
 
 
 def _draw_bank(
@@ -294,41 +347,36 @@ def _draw_bank(
     return draws[0], deviations + first[None] / count**0.5
 
 
-def _mixed_experts(
-    params: Params,
-    x: Float[Array, "batch *spatial in"],
+def _of_shared_bank(
+    kernel: Float[Array, "in regions n"],
+    bias: Float[Array, "regions n"],
+    bank: Float[Array, "n *kernel in_per_group features"],
     scale: float,
+    x: Float[Array, "batch *spatial in"],
     precision: jax.lax.PrecisionLike,
-) -> Factors:
+) -> Mixture:
     wide = accumulator(x.dtype)
     context = x.mean(axis=range(1, x.ndim - 1), dtype=wide).astype(x.dtype)
-    weights = (jax.nn.sigmoid(_mixing_logits(params, context, precision)) * scale).astype(x.dtype)
-    bank = params["bank_kernel"]
-    flat = bank.reshape(1, bank.shape[0], -1)
-    # All regions share the bank: to `mix` they are taps of one region.
-    return Factors(weights[:, :, None], flat, jnp.zeros_like(flat[:, 0]))
+    logits = _mixing_logits(kernel, bias, context, precision)
+    weights = (jax.nn.sigmoid(logits) * scale).astype(x.dtype)
+    taps = range(2, bank.ndim - 1)  # which share the weights
+    return Mixture(jnp.expand_dims(weights, taps), bank[None])
 
 
 def _mixing_logits(
-    params: Params, context: Float[Array, "*positions in"], precision: jax.lax.PrecisionLike
+    kernel: Float[Array, "in regions n"],
+    bias: Float[Array, "regions n"],
+    context: Float[Array, "*positions in"],
+    precision: jax.lax.PrecisionLike,
 ) -> Float[Array, "*positions regions n"]:
-    kernel, bias = params["mixing_kernel"], params["mixing_bias"]
-    logits = _product("...i,in->...n", context, kernel.reshape(kernel.shape[0], -1), precision)
-    logits = logits + jnp.expand_dims(_wide(bias.reshape(-1)), range(logits.ndim - 1))
-    return logits.reshape(*logits.shape[:-1], *bias.shape)
-
-
-def _product(equation: str, a: Array, b: Array, precision: jax.lax.PrecisionLike) -> Array:
-    wide = accumulator(a.dtype)
-    return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=wide)
-
-
-def _wide(values: Array) -> Array:
-    return values.astype(accumulator(values.dtype))
-
-
-GENERATORS: Mapping[str, FilterGenerator] = {
-    "mixture": FilterGenerator(init_mixture, mixture_factors, ("bank_kernel",)),
-    "pooled": FilterGenerator(init_pooled, pooled_factors, ("bank_kernel", "bank_bias")),
-    "experts": FilterGenerator(init_experts, experts_factors, ("bank_kernel",)),
-}
+    """The logits in float32 or wider."""
+    wide = accumulator(context.dtype)
+    flat = jnp.einsum(
+        "...i,in->...n",
+        context,
+        kernel.reshape(kernel.shape[0], -1),
+        precision=precision,
+        preferred_element_type=wide,
+    )
+    flat = flat + jnp.expand_dims(bias.reshape(-1).astype(wide), range(flat.ndim - 1))
+    return flat.reshape(*flat.shape[:-1], *bias.shape)

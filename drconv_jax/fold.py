@@ -24,7 +24,7 @@ from jax.extend.core import Jaxpr, Var
 
 from drconv_jax.boxes import unboxed
 from drconv_jax.dtypes import accumulator
-from drconv_jax.filters import GENERATORS
+from drconv_jax.functional import Hyperparameters
 from drconv_jax.linen import DRConv
 
 Path = tuple[str, ...]
@@ -201,7 +201,7 @@ def _linear_in(module: nn.Module) -> list[Path]:
     if type(module) in (nn.Conv, nn.Dense):
         return [("kernel",)]
     if type(module) is DRConv:
-        return [("filters", name) for name in GENERATORS[module.filter_generator].last_layer]
+        return [("filters", name) for name in Hyperparameters.of(module).generator.linear]
     return []
 
 

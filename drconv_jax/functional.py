@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from drconv_jax.checks import check_count, check_guide_dtype, check_precision
 from drconv_jax.dtypes import accumulator
-from drconv_jax.filters import GENERATORS
+from drconv_jax.filters import GENERATORS, FilterGenerator
 from drconv_jax.geometry import Padding, canonical_tuple, resize_nearest, window_of
 from drconv_jax.guide import region_index
-from drconv_jax.mixing import mixed_region_conv
+from drconv_jax.region_conv import region_conv
 from drconv_jax.region_conv.sharding import along_batch
 
 ParamInit = Callable[[PRNGKeyArray], Any]
@@ -48,7 +48,7 @@ class Hyperparameters:
     feature_group_count: int
     use_bias: bool
     guide_kernel_size: int | Sequence[int] | None
-    filter_generator: str
+    filter_generator: str | FilterGenerator
     experts: int
     dtype: Dtype | None
     param_dtype: Dtype
@@ -77,10 +77,10 @@ class Hyperparameters:
                 f"feature_group_count must divide features={self.features}, got "
                 f"{self.feature_group_count}."
             )
-        if self.filter_generator not in GENERATORS:
+        if not isinstance(self.generator, FilterGenerator):
             raise ValueError(
-                f"filter_generator must be one of {', '.join(GENERATORS)}, got "
-                f"{self.filter_generator!r}."
+                f"filter_generator must be one of {', '.join(GENERATORS)}, or a FilterGenerator, "
+                f"got {self.filter_generator!r}."
             )
 
     @classmethod
@@ -92,6 +92,13 @@ class Hyperparameters:
         )
 
     @property
+    def generator(self) -> FilterGenerator:
+        """The filter generator itself, where it is given by name."""
+        if isinstance(self.filter_generator, str):
+            return GENERATORS.get(self.filter_generator)  # type: ignore[return-value]
+        return self.filter_generator
+
+    @property
     def kernel(self) -> tuple[int, ...]:
         """The kernel's size; as in `flax.linen.Conv`, an integer is a 1-dimensional kernel."""
         rank = len(self.kernel_size) if np.iterable(self.kernel_size) else 1
@@ -101,7 +108,7 @@ class Hyperparameters:
     def guide_kernel(self) -> tuple[int, ...]:
         """The guide convolution's kernel size, every entry given."""
         if self.guide_kernel_size is None:
-            return (1,) * len(self.kernel) if self.filter_generator == "experts" else self.kernel
+            return self.generator.guide_kernel_size(self.kernel)
         return canonical_tuple("guide_kernel_size", self.guide_kernel_size, len(self.kernel))
 
 
@@ -164,7 +171,6 @@ def init(
             f"the input must have channels in a multiple of "
             f"feature_group_count={hyper.feature_group_count}, got {in_features}."
         )
-    generator = GENERATORS[hyper.filter_generator]
 
     def init_guide(key: PRNGKeyArray) -> dict[str, Array]:
         shape = (*hyper.guide_kernel, in_features, hyper.regions)
@@ -174,17 +180,16 @@ def init(
         }
 
     def init_filters(key: PRNGKeyArray) -> dict[str, Array]:
-        extra = {} if hyper.filter_generator == "pooled" else {"experts": hyper.experts}
-        return generator.init(
+        return hyper.generator.init(
             key,
             in_features,
             hyper.features,
             hyper.kernel,
             hyper.regions,
+            experts=hyper.experts,
             feature_group_count=hyper.feature_group_count,
             kernel_init=kernel_init,
             param_dtype=hyper.param_dtype,
-            **extra,
         )
 
     inits: dict[str, ParamInit] = {"guide": init_guide} if with_guide else {}
@@ -282,15 +287,13 @@ def _apply(
     if 0 in (*x.shape, *guide.shape):  # a convolution of nothing, or without any output
         y = jnp.zeros_like(x, shape=(*guide.shape[:-1], hyper.features))
     else:
-        factors = GENERATORS[hyper.filter_generator].factors(
+        filters = hyper.generator.mixture(
             params["filters"], x, hyper.kernel, precision=hyper.precision
         )
-        y = mixed_region_conv(
+        y = region_conv(
             x,
-            factors,
+            filters,
             guide,
-            features=hyper.features,
-            kernel_size=hyper.kernel,
             feature_group_count=hyper.feature_group_count,
             precision=hyper.precision,
             implementation=hyper.implementation,

@@ -10,6 +10,11 @@ from flax import linen as nn
 from drconv_jax import DRConv
 from drconv_jax.filters import GENERATORS
 from drconv_jax.geometry import adaptive_average_pool, resize_nearest
+from drconv_jax.region_conv import mix
+
+
+def filters_of(generator, params, x, kernel_size):
+    return mix(generator.mixture(params, x, kernel_size))
 
 
 def test_adaptive_pooling_has_overlapping_bins():
@@ -57,7 +62,7 @@ def test_a_new_filter_is_one_draw_of_kernel_init(generator, regions):
         params = generate.init(
             jax.random.key(0), 4, features, kernel_size, regions, kernel_init=kernel_init
         )
-        return generate.apply(params, jnp.zeros((1, 5, 5, 4)), kernel_size)[0]
+        return filters_of(generate, params, jnp.zeros((1, 5, 5, 4)), kernel_size)[0]
 
     for value in (0.0, 0.3, -2.0):
         made = filters(nn.initializers.constant(value), (3, 3))
@@ -90,7 +95,7 @@ def test_regions_start_alike_and_samples_apart(generator):
     generate = GENERATORS[generator]
     x = jax.random.normal(jax.random.key(1), (2, 6, 6, 4)) + 1
     params = generate.init(jax.random.key(0), 4, 6, (3, 3), 5)
-    filters = generate.apply(params, x, (3, 3))
+    filters = filters_of(generate, params, x, (3, 3))
     assert filters.shape == (2, 5, 3, 3, 4, 6)
     for region in range(1, 5):
         np.testing.assert_allclose(filters[:, region], filters[:, 0], rtol=1e-6, atol=1e-7)
@@ -103,10 +108,11 @@ def test_generator_against_loops(generator):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 3, 3, channels)).astype(np.float32)
     generate = GENERATORS[generator]
-    extra = {} if generator == "pooled" else {"experts": experts}
-    params = generate.init(jax.random.key(0), channels, features, (3, 3), m, **extra)
+    params = generate.init(jax.random.key(0), channels, features, (3, 3), m, experts=experts)
     params = {k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()}
-    filters = np.asarray(generate.apply(jax.tree.map(jnp.asarray, params), jnp.asarray(x), (3, 3)))
+    filters = np.asarray(
+        filters_of(generate, jax.tree.map(jnp.asarray, params), jnp.asarray(x), (3, 3))
+    )
     for b, j, u, v in np.ndindex(2, m, 3, 3):
         if generator == "pooled":  # 3x3 pooled to 3x3 is itself
             context, n = x[b, u, v], m
@@ -134,11 +140,11 @@ def test_a_step_on_the_default_bank_is_one_on_the_filters():
     direction = jax.random.normal(jax.random.key(1), (4, 6))
 
     def along(bank):
-        filters = generate.apply({**params, "bank_kernel": bank}, x, (1, 1))
+        filters = filters_of(generate, {**params, "bank_kernel": bank}, x, (1, 1))
         return (filters[0, 0, 0, 0] * direction).sum()
 
     step = jax.grad(along)(params["bank_kernel"])
-    moved = generate.apply({**params, "bank_kernel": step}, x, (1, 1))
+    moved = filters_of(generate, {**params, "bank_kernel": step}, x, (1, 1))
     np.testing.assert_allclose(moved[0, 0, 0, 0], direction, rtol=1e-5)
 
 
@@ -152,7 +158,7 @@ def test_what_regions_share_learns_from_all_of_them():
         params = generate.init(jax.random.key(2), 4, 6, (1, 1), regions)
         # Every region has an equal share of the positions, and of the gradient.
         share = jnp.repeat(dfilters / regions, regions, axis=1)
-        return jax.vjp(lambda p: generate.apply(p, x, (1, 1)), params)[1](share)[0]
+        return jax.vjp(lambda p: filters_of(generate, p, x, (1, 1)), params)[1](share)[0]
 
     one, many = gradients(1), gradients(8)
     for name in ("shared_mixing_kernel", "shared_mixing_bias", "bank_kernel"):
@@ -166,7 +172,7 @@ def test_sigmoid_is_in_float32_for_bfloat16():
     params = generate.init(jax.random.key(0), 2, 1, (1, 1), 1, experts=1)
     params["mixing_bias"] = jnp.full((1, 1), -5.0)
     params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
-    filters = generate.apply(params, jnp.zeros((1, 2, 2, 2), jnp.bfloat16), (1, 1))
+    filters = filters_of(generate, params, jnp.zeros((1, 2, 2, 2), jnp.bfloat16), (1, 1))
     weight = jnp.asarray(2 / (1 + np.exp(5.0)), jnp.bfloat16)
     assert filters.dtype == jnp.bfloat16
     np.testing.assert_array_equal(
@@ -180,7 +186,7 @@ class VariantsTest(chex.TestCase):
         x = jax.random.normal(jax.random.key(1), (2, 6, 6, 4))
         for generate in GENERATORS.values():
             params = generate.init(jax.random.key(0), 4, 6, (3, 3), 5)
-            compute = functools.partial(generate.apply, kernel_size=(3, 3))
+            compute = functools.partial(filters_of, generate, kernel_size=(3, 3))
             filters = self.variant(compute)(params, x)
             alone = [compute(params, x[i : i + 1]) for i in range(2)]
             np.testing.assert_allclose(filters, jnp.concatenate(alone), rtol=1e-5, atol=1e-6)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from drconv_jax.filters import GENERATORS, ExpertsGenerator, PooledGenerator
 from drconv_jax.functional import Hyperparameters
 from drconv_jax.interop.entries import UNKNOWN, Entry, oihw_to_hwio
 from drconv_jax.linen import DRConv
@@ -18,14 +19,18 @@ def entries_of_drconv(layer: DRConv, arrays: Mapping[str, np.ndarray]) -> list[E
     Raises:
       ValueError: no public code has this filter generator.
     """
-    if layer.filter_generator not in _TABLES_OF_DRCONV:
-        known = " or ".join(f'"{name}"' for name in _TABLES_OF_DRCONV)
+    hyper = Hyperparameters.of(layer)
+    if type(hyper.generator) not in _TABLES_OF_DRCONV:
+        known = " or ".join(
+            f'"{name}"'
+            for name, generator in GENERATORS.items()
+            if type(generator) in _TABLES_OF_DRCONV
+        )
         raise ValueError(
             f"filter_generator must be {known}, as in the code the weights are from, got "
             f'"{layer.filter_generator}".'
         )
-    hyper = Hyperparameters.of(layer)
-    entries = _TABLES_OF_DRCONV[layer.filter_generator](hyper, arrays)
+    entries = _TABLES_OF_DRCONV[type(hyper.generator)](hyper, arrays)
     return [dataclasses.replace(entry, dtype=hyper.param_dtype) for entry in entries]
 
 
@@ -139,4 +144,4 @@ def _channels(arrays: Mapping[str, np.ndarray], name: str, axis: int) -> int:
     return UNKNOWN if array is None or array.ndim <= axis else int(array.shape[axis])
 
 
-_TABLES_OF_DRCONV = {"pooled": _drconv_pooled, "experts": _drconv_experts}
+_TABLES_OF_DRCONV = {PooledGenerator: _drconv_pooled, ExpertsGenerator: _drconv_experts}

@@ -17,6 +17,8 @@ from flax import linen as nn
 from flax.linen.module import InterceptorContext
 from flax.traverse_util import flatten_dict
 
+from drconv_jax.filters import ExpertsGenerator
+from drconv_jax.functional import Hyperparameters
 from drconv_jax.interop.drconv import entry_of_experts
 from drconv_jax.interop.entries import Entry, oihw_to_hwio
 from drconv_jax.linen import DRConv
@@ -40,21 +42,24 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
     channels = arrays[stem].shape[1] if stem in arrays and arrays[stem].ndim == 4 else 3
     size = size_for(arrays)
     x = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
-    generators: set[str] = set()
+    strange_generators: set[str] = set()
 
     def note(call: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext) -> Any:
-        if isinstance(context.module, DRConv):
-            generators.add(context.module.filter_generator)
+        module = context.module
+        if isinstance(module, DRConv):
+            generator = Hyperparameters.of(module).generator
+            if not isinstance(generator, ExpertsGenerator):
+                strange_generators.add(f'"{module.filter_generator}"')
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
         variables = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x))
     prefixes = {tuple(path.split("/")): prefix for path, prefix in table(model)}
     # "mixture" has parameters of the same shapes, and another scale.
-    if released and (others := generators - {"experts"}):
+    if released and strange_generators:
         raise ValueError(
             'filter_generator must be "experts", as in the code the weights are from, got '
-            f'"{min(others)}".'
+            f"{min(strange_generators)}."
         )
     guide = getattr(model, "guide", None)
     if released and guide is not None and guide != BlockGuide(guide.regions):

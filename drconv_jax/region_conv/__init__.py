@@ -7,8 +7,7 @@ the others are held to it, values and every gradient.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -16,25 +15,18 @@ from jaxtyping import Array, Float
 
 from drconv_jax.checks import check_count, check_guide_dtype, check_precision
 from drconv_jax.geometry import Padding, window_of
-from drconv_jax.region_conv import automatic, blocked, cpu, pallas
-from drconv_jax.region_conv.fused import RegionConv, fused
-from drconv_jax.region_conv.reference import reference
-from drconv_jax.region_conv.select import select
+from drconv_jax.region_conv import dispatch
+from drconv_jax.region_conv.dispatch import IMPLEMENTATIONS
+from drconv_jax.region_conv.mixture import Mixture, mix
 from drconv_jax.region_conv.sharding import along_batch
+from drconv_jax.region_conv.spec import ConvSpec
 
-IMPLEMENTATIONS: Mapping[str, RegionConv] = {
-    "reference": reference,
-    "select": select,
-    "blocked": fused(blocked),
-    "cpu": fused(cpu),
-    "pallas": fused(pallas),
-}
-_AUTOMATIC = fused(automatic)
+__all__ = ["IMPLEMENTATIONS", "Mixture", "mix", "region_conv"]
 
 
 def region_conv(
     x: Float[Array, "batch *spatial in"],
-    filters: Float[Array, "batch regions *kernel in_per_group features"],
+    filters: Float[Array, "batch regions *kernel in_per_group features"] | Mixture,
     guide_features: Float[Array, "batch *out_spatial regions"],
     *,
     strides: int | Sequence[int] | None = 1,
@@ -84,7 +76,9 @@ def region_conv(
             "x must have shape (batch, *spatial, in) with 1, 2 or 3 spatial dimensions, got "
             f"{x.shape}."
         )
-    if filters.ndim != rank + 4 or filters.shape[0] != x.shape[0]:
+    if isinstance(filters, Mixture):
+        _check_mixture(filters, rank)
+    if len(filters.shape) != rank + 4 or filters.shape[0] != x.shape[0]:
         raise ValueError(
             f"filters must have shape (batch, regions, *kernel, in/groups, features) with batch "
             f"{x.shape[0]} and {rank} kernel dimensions as x has, got {filters.shape}."
@@ -113,33 +107,33 @@ def region_conv(
             f"guide_features must have shape (batch, *out_spatial, regions) = {expected} with at "
             f"least one region for these x and filters, got {guide_features.shape}."
         )
-    if 0 in (*x.shape, *expected):  # a convolution of nothing, or without any output
+    if 0 in (*x.shape, *expected, *filters.shape):  # a convolution of nothing, or without output
         return jnp.zeros_like(x, shape=(*expected[:-1], features))
-    convolve = functools.partial(
-        choose(implementation), window=window, groups=groups, precision=precision
-    )
+    spec = ConvSpec(window, groups, jax.lax.Precision(precision) if precision else None)
+    convolve = functools.partial(dispatch.convolve, spec, implementation=implementation)
     y: Array = along_batch(convolve)(x, filters, guide_features)
     return y
 
 
-def choose(implementation: str | Sequence[str] | None) -> RegionConv:
-    """The implementation of that name, the first of several that does what is asked."""
-    if implementation is None:
-        return _AUTOMATIC
-    names = [implementation] if isinstance(implementation, str) else list(implementation)
-    unknown = [name for name in names if name not in IMPLEMENTATIONS]
-    if unknown or not names:
+def _check_mixture(mixture: Mixture, rank: int) -> None:
+    weights, bank, bias = mixture
+    kernels = zip(weights.shape[2:-1], bank.shape[2:-2], strict=False)
+    if (
+        weights.ndim != rank + 3
+        or bank.ndim != rank + 4
+        or bank.shape[:2] not in ((1, weights.shape[-1]), (weights.shape[1], weights.shape[-1]))
+        or any(1 not in sizes and len(set(sizes)) > 1 for sizes in kernels)
+        or (bias is not None and bias.shape != (bank.shape[0], *bank.shape[2:]))
+    ):
         raise ValueError(
-            f"implementation must be None or made of {', '.join(IMPLEMENTATIONS)}, got "
-            f"{implementation!r}."
+            "a Mixture must have weights (batch, regions, *kernel, n), a bank (regions or 1, n, "
+            "*kernel, in/groups, features) and a bias like the bank without n, or None, with "
+            f"{rank} kernel dimensions, each of which may be 1 in either; got shapes "
+            f"{weights.shape}, {bank.shape} and {None if bias is None else bias.shape}."
         )
-
-    def first_willing(*args: Any, **kwargs: Any) -> Any:
-        for name in names[:-1]:
-            try:
-                return IMPLEMENTATIONS[name](*args, **kwargs)
-            except NotImplementedError:
-                continue
-        return IMPLEMENTATIONS[names[-1]](*args, **kwargs)
-
-    return first_willing
+    for name, array in (("bank", bank), ("bias", bias)):
+        if array is not None and array.dtype != weights.dtype:
+            raise TypeError(
+                f"the {name} of a Mixture must have the dtype of its weights, {weights.dtype}, got "
+                f"{array.dtype}."
+            )

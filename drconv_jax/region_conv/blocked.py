@@ -16,32 +16,8 @@ from jaxtyping import Array, Float, Int
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Length
-from drconv_jax.region_conv.fused import Statics
-from drconv_jax.region_conv.products import flat_regions, matrices_of, patches_of
+from drconv_jax.region_conv.products import Products
 from drconv_jax.region_conv.sharding import varying_like
-
-
-def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
-    """See `fused.Kernel.forward`."""
-    patches, matrices = (
-        patches_of(x, statics.window, statics.groups),
-        matrices_of(filters, statics.groups),
-    )
-    y = multiply(statics.precision, patches, matrices, flat_regions(guide_features))
-    return y.reshape(*guide_features.shape[:-1], filters.shape[-1])
-
-
-def backward(
-    statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
-) -> tuple[Array, Array, Array]:
-    """See `fused.Kernel.backward`."""
-    patches, to_input = jax.vjp(lambda x: patches_of(x, statics.window, statics.groups), x)
-    matrices, to_filters = jax.vjp(lambda w: matrices_of(w, statics.groups), filters)
-    dy = dy.reshape(*patches.shape[:3], matrices.shape[-1])
-    dpatches, dmatrices, scores = multiply_backward(
-        statics.precision, patches, matrices, flat_regions(guide_features), dy
-    )
-    return *to_input(dpatches), *to_filters(dmatrices), scores.reshape(guide_features.shape)
 
 
 def multiply(
@@ -185,3 +161,6 @@ def _einsum(equation: str, a: Array, b: Array, precision: Any) -> Array:
     return jax.lax.platform_dependent(
         a, b, cpu=lambda a, b: product(a.astype(wide), b.astype(wide)), default=product
     )
+
+
+blocked = Products(multiply, multiply_backward)

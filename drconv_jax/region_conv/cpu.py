@@ -21,8 +21,9 @@ from jax.interpreters import mlir
 from jaxtyping import Array
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.region_conv.fused import Statics
+from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.sharding import varying_like
+from drconv_jax.region_conv.spec import ConvSpec as Statics
 
 _FORWARD = "drconv_region_conv_forward"
 _BACKWARD = "drconv_region_conv_backward"
@@ -72,23 +73,41 @@ def does(dtype: jnp.dtype) -> bool:
     return available() and dtype in _DTYPES
 
 
-def forward(statics: Statics, x: Array, filters: Array, guide_features: Array) -> Array:
-    """See `fused.Kernel.forward`."""
-    arguments, attributes = _prepare(statics, x, filters, guide_features)
+def supports(spec, x, filters, guide_features) -> None:
+    if not available():
+        raise NotImplementedError("is not there: the package was installed without a C++ compiler")
+    if x.dtype not in _DTYPES:
+        raise NotImplementedError(f"does not do {x.dtype}")
+
+
+def forward(spec, x, filters, guide_features):
+    if isinstance(filters, Mixture):
+        return mixed_forward(spec, filters.shape[-1], x, *_old(filters), guide_features)
     shape = jax.ShapeDtypeStruct((*guide_features.shape[:-1], filters.shape[-1]), x.dtype)
-    (y,) = _call(_FORWARD, [shape], *arguments, **attributes)
+    args = x, filters, _wide(guide_features)
+    (y,) = _call(_FORWARD, [shape], *args, **_attributes(spec))
     return y
 
 
-def backward(
-    statics: Statics, x: Array, filters: Array, guide_features: Array, y: Array, dy: Array
-) -> tuple[Array, Array, Array]:
-    """See `fused.Kernel.backward`."""
-    arguments, attributes = _prepare(statics, x, filters, guide_features)
+def backward(spec, x, filters, guide_features, y, dy):
+    if isinstance(filters, Mixture):
+        old, pull = jax.vjp(_old, filters)
+        dx, *d, scores = mixed_backward(spec, x, *old, guide_features, y, dy)
+        return dx, *pull(tuple(d)), scores
+    arguments = x, filters, _wide(guide_features)
     scores = jax.ShapeDtypeStruct(guide_features.shape, accumulator(x.dtype))
     like = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in arguments[:2]]
-    dx, dfilters, scores_of = _call(_BACKWARD, [*like, scores], *arguments, y, dy, **attributes)
-    return dx, dfilters, scores_of
+    return tuple(_call(_BACKWARD, [*like, scores], *arguments, y, dy, **_attributes(spec)))
+
+
+def _old(m):
+    b, r, *k, n = m.weights.shape
+    w = m.weights.reshape(b, r, -1, n)
+    bank = m.bank.reshape(*m.bank.shape[:2], -1)
+    bias = jnp.zeros_like(bank[:, 0]) if m.bias is None else m.bias.reshape(m.bias.shape[0], -1)
+    if bank.shape[0] == 1:
+        return w.reshape(b, r, 1, n), bank, bias
+    return jnp.moveaxis(w, 1, 2), bank, bias
 
 
 def mixed_forward(
@@ -132,35 +151,6 @@ def mixed_backward(
     arguments = x, weights, bank, bias, _wide(guide_features), y, dy
     *gradients, _ = _call(_MIXED_BACKWARD, results, *arguments, **_mixed_attributes(statics))
     return tuple(gradients)
-
-
-def mix(weights: Array, bank: Array, bias: Array) -> Array:
-    """See `drconv_jax.mixing.mix`."""
-    batch, taps, regions, _ = weights.shape
-    shape = jax.ShapeDtypeStruct((batch, regions, taps, bank.shape[-1]), weights.dtype)
-    (filters,) = _call(_MIX, [shape], weights, bank, bias)
-    return filters
-
-
-def mix_backward(weights: Array, bank: Array, dfilters: Array) -> tuple[Array, Array, Array]:
-    """The gradients of `mix` for its three arguments, given that of its result."""
-    shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in (weights, bank)]
-    shapes.append(jax.ShapeDtypeStruct((bank.shape[0], bank.shape[2]), bank.dtype))
-    dweights, dbank, dbias = _call(_MIX_BACKWARD, shapes, weights, bank, dfilters)
-    return dweights, dbank, dbias
-
-
-def _prepare(
-    statics: Statics, x: Array, filters: Array, guide_features: Array
-) -> tuple[tuple[Array, Array, Array], dict[str, Any]]:
-    """The kernel's arguments, never reshaped (XLA may copy what gains an axis); attributes."""
-    if not available():
-        raise NotImplementedError(
-            'implementation "cpu" is not there: the package was installed without a C++ compiler.'
-        )
-    if not does(x.dtype):
-        raise NotImplementedError(f'implementation "cpu" does not do {x.dtype}.')
-    return (x, filters, _wide(guide_features)), _attributes(statics)
 
 
 def _wide(guide_features: Array) -> Array:

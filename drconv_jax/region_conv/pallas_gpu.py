@@ -12,11 +12,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from drconv_jax.region_conv.pallas import HAS_TRITON, check_dtype, interpreted_on_cpu
+from drconv_jax.region_conv.products import Products
+from drconv_jax.region_conv.spec import ConvSpec
+
 _POSITIONS = 64
 _CHANNELS = 64
 
 
-def forward(
+def multiply(
     precision: Any,
     patches: Float[Array, "batch positions groups taps_in"],
     matrices: Float[Array, "batch regions groups taps_in features"],
@@ -59,7 +63,7 @@ def _forward_kernel(precision: Any, x: Any, matrices: Any, index: Any, y: Any) -
     _store(y.at[b, at, g, columns], total, inside, real_columns)
 
 
-def backward(
+def multiply_backward(
     precision: Any,
     patches: Float[Array, "batch positions groups taps_in"],
     matrices: Float[Array, "batch regions groups taps_in features"],
@@ -203,3 +207,15 @@ def _any(mask: Array) -> Array:
 
 def _dot(a: Array, b: Array, precision: Any) -> Array:
     return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _check(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
+    """See `spec.Implementation.supports`."""
+    check_dtype(x)
+    if not HAS_TRITON:
+        raise NotImplementedError(
+            f"needs Pallas' way to Triton, which JAX {jax.__version__} deprecates"
+        )
+
+
+pallas_gpu = Products(interpreted_on_cpu(multiply), interpreted_on_cpu(multiply_backward), _check)

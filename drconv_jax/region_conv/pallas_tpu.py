@@ -18,12 +18,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from drconv_jax.region_conv.pallas import check_dtype, interpreted_on_cpu
+from drconv_jax.region_conv.products import Products
+from drconv_jax.region_conv.spec import ConvSpec
+
 _LANES = 128
 _TILE = 512  # positions in a tile of a large image
 _VMEM = 48 * 2**20  # what the blocks of a step may take; the smallest current TPU has 64 MiB
 
 
-def forward(
+def multiply(
     precision: Any,
     patches: Float[Array, "batch positions groups taps_in"],
     matrices: Float[Array, "batch regions groups taps_in features"],
@@ -67,7 +71,7 @@ def _forward_kernel(
                 y_ref[g] = _replace(own, product, y_ref[g])
 
 
-def backward(
+def multiply_backward(
     precision: Any,
     patches: Float[Array, "batch positions groups taps_in"],
     matrices: Float[Array, "batch regions groups taps_in features"],
@@ -167,23 +171,16 @@ def _call(
     axis, the positions.
     """
     batch, positions = inputs[0].shape[0], inputs[0].shape[-1]
-    tile = positions if positions <= 2 * _TILE else _TILE
+    tile = _tile(positions)
     tiles = pl.cdiv(positions, tile)
-    moved, held = 0, sum(_padded_bytes(shape, 4) for shape in scratch)
+    moved = 0
     specs = []
     arrays: list[Any] = [*inputs, *outputs]
     for array in arrays:
         whole = array.ndim == 5
         block = array.shape[1:] if whole else (*array.shape[1:-1], tile)
-        fetched = _padded_bytes(block, array.dtype.itemsize)
-        held += 2 * fetched
-        moved += batch * (1 if whole else tiles) * fetched
+        moved += batch * (1 if whole else tiles) * _padded_bytes(block, array.dtype.itemsize)
         specs.append(pl.BlockSpec((None, *block), functools.partial(_place, array.ndim, whole)))
-    if held > _VMEM:
-        raise NotImplementedError(
-            f'implementation "pallas" holds all filters of a sample in a TPU\'s VMEM: they take '
-            f"{held >> 20} MiB with a tile of positions, of the {_VMEM >> 20} there are."
-        )
     return pl.pallas_call(
         kernel,
         out_shape=outputs,
@@ -197,6 +194,30 @@ def _call(
         cost_estimate=pl.CostEstimate(flops=flops, bytes_accessed=moved, transcendentals=0),
         interpret=interpret,
     )(*inputs)
+
+
+def _tile(positions: int) -> int:
+    return positions if positions <= 2 * _TILE else _TILE
+
+
+def _check(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
+    """See `spec.Implementation.supports`."""
+    check_dtype(x)
+    *_, features = filters.shape
+    regions = filters.shape[1]
+    rows = math.prod(filters.shape[2:-1])
+    tile = _tile(math.prod(guide_features.shape[1:-1]))
+    # What the backward kernel holds: of a tile x, dy, dx, the scores and the index; the filters of
+    # a sample, their gradients, and those again in float32. The next step's come in meanwhile.
+    blocks = [(spec.groups, rows, tile)] * 2 + [(features, tile), (1, tile)]
+    matrices = (regions, spec.groups, rows, features // spec.groups)
+    held = 2 * sum(_padded_bytes(block, x.dtype.itemsize) for block in (*blocks, *[matrices] * 2))
+    held += 2 * _padded_bytes((regions, tile), 4) + _padded_bytes(matrices, 4)
+    if held > _VMEM:
+        raise NotImplementedError(
+            f"holds all filters of a sample in a TPU's VMEM: they take {held >> 20} MiB with a "
+            f"tile of positions, of the {_VMEM >> 20} there are"
+        )
 
 
 def _place(ndim: int, whole: bool, sample: Array, tile: Array) -> tuple[Any, ...]:
@@ -243,3 +264,6 @@ def _dot(a: Array, b: Array, contracting: tuple[int, int], precision: Any) -> Ar
     return jax.lax.dot_general(
         a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+pallas_tpu = Products(interpreted_on_cpu(multiply), interpreted_on_cpu(multiply_backward), _check)

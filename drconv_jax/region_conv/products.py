@@ -1,14 +1,19 @@
-"""A convolution as products: what every output position reads, times matrices."""
+"""A convolution as products: what every output position reads, times the matrix of its region."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from drconv_jax.geometry import Window, tap_views
 from drconv_jax.guide import region_index
+from drconv_jax.region_conv.spec import ConvSpec, takes_given_filters
 
 
 def patches_of(
@@ -43,3 +48,63 @@ def flat_regions(
     """The regions of a sample's positions in one row."""
     index = region_index(guide_features)
     return index.reshape(index.shape[0], math.prod(index.shape[1:]))
+
+
+def _anything(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
+    del spec, x, filters, guide_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """An implementation made of a product of windows with the matrices of their regions.
+
+    Attributes:
+      multiply: (precision, patches, matrices, index) to (batch, positions, groups, features).
+      multiply_backward: the same and dy to the gradients of patches and matrices, and the scores
+        (batch, positions, regions).
+      check: `spec.Implementation.supports`, of filters that are given.
+    """
+
+    multiply: Callable[..., Array]
+    multiply_backward: Callable[..., tuple[Array, Array, Array]]
+    check: Callable[[ConvSpec, Any, Any, Any], None] = _anything
+
+    def supports(self, spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
+        """See `spec.Implementation`."""
+        takes_given_filters(filters)
+        self.check(spec, x, filters, guide_features)
+
+    def forward(
+        self,
+        spec: ConvSpec,
+        x: Float[Array, "batch *spatial in"],
+        filters: Float[Array, "batch regions *kernel in_per_group features"],
+        guide_features: Float[Array, "batch *out_spatial regions"],
+    ) -> Float[Array, "batch *out_spatial features"]:
+        """See `spec.Implementation`."""
+        patches = patches_of(x, spec.window, spec.groups)
+        matrices = matrices_of(filters, spec.groups)
+        y = self.multiply(spec.precision, patches, matrices, flat_regions(guide_features))
+        return y.reshape(*guide_features.shape[:-1], filters.shape[-1])
+
+    def backward(
+        self,
+        spec: ConvSpec,
+        x: Float[Array, "batch *spatial in"],
+        filters: Float[Array, "batch regions *kernel in_per_group features"],
+        guide_features: Float[Array, "batch *out_spatial regions"],
+        y: Float[Array, "batch *out_spatial features"],
+        dy: Float[Array, "batch *out_spatial features"],
+    ) -> tuple[Array, Array, Array]:
+        """See `spec.Implementation`."""
+        del y
+        patches, to_input = jax.vjp(lambda x: patches_of(x, spec.window, spec.groups), x)
+        matrices, to_filters = jax.vjp(lambda w: matrices_of(w, spec.groups), filters)
+        dpatches, dmatrices, scores = self.multiply_backward(
+            spec.precision,
+            patches,
+            matrices,
+            flat_regions(guide_features),
+            dy.reshape(*patches.shape[:3], matrices.shape[-1]),
+        )
+        return *to_input(dpatches), *to_filters(dmatrices), scores.reshape(guide_features.shape)

@@ -6,35 +6,30 @@ loop and no gather, for any batch size.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.geometry import Window
-from drconv_jax.guide import guide_mask
 from drconv_jax.region_conv.products import matrices_of, patches_of
+from drconv_jax.region_conv.reference import WithAll
+from drconv_jax.region_conv.spec import ConvSpec
 
 
-def select(
+def multiply_with_all(
+    spec: ConvSpec,
     x: Float[Array, "batch *spatial in"],
     filters: Float[Array, "batch regions *kernel in_per_group features"],
-    guide_features: Float[Array, "batch *out_spatial regions"],
-    window: Window,
-    groups: int,
-    precision: jax.lax.PrecisionLike,
-) -> Float[Array, "batch *out_spatial features"]:
-    """See `drconv_jax.region_conv.region_conv`."""
-    patches = patches_of(x, window, groups)
-    matrices = matrices_of(filters, groups)
+) -> Float[Array, "batch regions *out_spatial features"]:
+    """`reference.convolve_with_all` as one product, in float32 or wider."""
     everywhere = jnp.einsum(
         "bpgk,bmgkf->bmpgf",
-        patches,
-        matrices,
-        precision=precision,
+        patches_of(x, spec.window, spec.groups),
+        matrices_of(filters, spec.groups),
+        precision=spec.precision,
         preferred_element_type=accumulator(x.dtype),
     )
-    batch, regions, positions, *_ = everywhere.shape
-    mask = guide_mask(guide_features).astype(everywhere.dtype).reshape(batch, positions, regions)
-    y = (everywhere * jnp.moveaxis(mask, -1, 1)[..., None, None]).sum(axis=1)
-    return y.astype(x.dtype).reshape(*guide_features.shape[:-1], filters.shape[-1])
+    out = spec.window.output_shape(x.shape[1:-1])
+    return everywhere.reshape(*everywhere.shape[:2], *out, filters.shape[-1])
+
+
+select = WithAll(multiply_with_all)

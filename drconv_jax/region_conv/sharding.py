@@ -7,7 +7,6 @@ apart: left alone it gathers the batch on every device (openxla/xla#47945). `per
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -20,21 +19,18 @@ from jaxtyping import Array
 def per_shard(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, which treats samples apart, run on every device's own samples.
 
-    JAX puts a pointer into a program that is parted so: it can not be serialized, and is compiled
-    anew in every process.
+    For programs that XLA partitions, on CPUs and GPUs. JAX puts a pointer into such a program: it
+    can not be serialized, and is compiled anew in every process.
 
     Args:
       function: of arrays whose first axis is the batch; so are its results'. It is not
         differentiated.
 
     Returns:
-      The same function, which stays sharded along the batch under `jit` on a mesh, without any
-      communication.
+      The same function, which stays sharded along the batch without any communication.
     """
 
     def call(*args: Array) -> Any:
-        if _is_parted():
-            return varying(function)(*args)
         shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in args]
         results = jax.tree.leaves(jax.eval_shape(function, *shapes))
         names = [f"a{i}" for i in range(sum(a.ndim - 1 for a in (*args, *results)))]
@@ -51,10 +47,7 @@ def per_shard(function: Callable[..., Any]) -> Callable[..., Any]:
             sharding_rule=f"{factors(args)} -> {factors(results)}",
             need_replication_factors=tuple(names),
         )
-        # TPUs take no custom partitioning: there `function` itself must be one that XLA can part.
-        return jax.lax.platform_dependent(
-            *args, tpu=varying(function), default=varying(partitioned)
-        )
+        return varying_like(partitioned(*args), *args)
 
     return call
 
@@ -85,11 +78,6 @@ def along_batch(function: Callable[..., Any], *, batch_dims: int = 1) -> Callabl
     return call
 
 
-def varying(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, its results typed as varying over the axes that its arguments vary over."""
-    return lambda *args: varying_like(function(*args), *args)
-
-
 def varying_like(values: Any, *like: Array) -> Any:
     """`values`, typed as varying over the axes of `shard_map` that any of `like` varies over."""
     axes = frozenset[Any]().union(*(jax.typeof(a).manual_axis_type.varying for a in like))
@@ -99,13 +87,6 @@ def varying_like(values: Any, *like: Array) -> Any:
         return jax.lax.pcast(value, missing, to="varying") if missing else value
 
     return jax.tree.map(cast, values)
-
-
-def _is_parted() -> bool:
-    """Whether `shard_map` has parted all there is to part already."""
-    mesh = jax.sharding.get_abstract_mesh()
-    manual = math.prod(mesh.shape[axis] for axis in mesh.manual_axes)
-    return bool(mesh.manual_axes) and manual == mesh.size
 
 
 def _partition(function: Callable[..., Any], mesh: Any, args: Any, results: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float
@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 from drconv_jax.geometry import Window
 from drconv_jax.region_conv.mixture import Mixture
 
-Filters = TypeVar("Filters", Array, Mixture)
+Filters = Array | Mixture
 """Filters that are given, (batch, regions, *kernel, in_per_group, features), or a mixture of them;
 their gradient is of the same kind."""
 
@@ -31,6 +31,7 @@ class ConvSpec:
     precision: jax.lax.Precision | None
 
 
+@runtime_checkable
 class Implementation(Protocol):
     """A region convolution and its gradients, but for that of the guide's choice.
 
@@ -38,17 +39,16 @@ class Implementation(Protocol):
     by JAX.
     """
 
-    def supports(
-        self,
-        spec: ConvSpec,
-        x: Float[Array, "batch *spatial in"],
-        filters: Filters,
-        guide_features: Float[Array, "batch *out_spatial regions"],
-    ) -> None:
+    def supports(self, spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
         """Returns where it does what is asked, judging by shapes and dtypes alone.
 
+        Args:
+          spec: of the convolution.
+          x, filters, guide_features: those of `forward`, or structures of their shapes and dtypes.
+
         Raises:
-          NotImplementedError: it does not; the message says why, in one sentence.
+          NotImplementedError: it does not. The message says why and reads on from the
+            implementation's name, as in "does not compute in float16".
         """
 
     def forward(
@@ -72,3 +72,9 @@ class Implementation(Protocol):
         Float[Array, "batch *spatial in"], Filters, Float[Array, "batch *out_spatial regions"]
     ]:
         """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
+
+
+def takes_given_filters(filters: Any) -> None:
+    """Raises NotImplementedError where filters are a mixture."""
+    if isinstance(filters, Mixture):
+        raise NotImplementedError("takes filters that are mixed already")
