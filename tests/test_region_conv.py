@@ -20,6 +20,7 @@ AVAILABLE = [name for name in IMPLEMENTATIONS if name != "cpu" or cpu.available(
 ALL = [name for name in AVAILABLE if name != "select"]  # which JAX differentiates by itself
 FAST = [name for name in ALL if name != "reference"]
 PALLAS = ["pallas_tpu", "pallas_gpu"]  # which a CPU interprets
+IN_PARTS = [name for name in ALL if IMPLEMENTATIONS[name].partitioned != "no"]
 FLOAT64 = [name for name in FAST if name not in PALLAS]
 
 
@@ -400,7 +401,7 @@ def test_remat_gives_the_same_gradients():
     chex.assert_trees_all_close(plain, remat, rtol=1e-6)
 
 
-@pytest.mark.parametrize("implementation", [*ALL, None])
+@pytest.mark.parametrize("implementation", [*IN_PARTS, None])
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel, mesh):
     assert mesh.size == 8
@@ -422,7 +423,16 @@ def test_a_batch_sharded_over_eight_devices_stays_there(implementation, kernel, 
     assert_agree(ours, outputs_and_gradients("reference", arguments, kw, dy), 1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["reference", None])
+@pytest.mark.parametrize("implementation", ["reference", "pallas_gpu"])
+def test_what_xla_cannot_partition_says_so(implementation, mesh):
+    arguments, kw, _ = draw(15, batch=16)
+    sharded = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec("data")))
+    run = jax.jit(functools.partial(region_conv, implementation=implementation, **kw))
+    with pytest.raises(NotImplementedError, match=f'"{implementation}" .* use jax.shard_map'):
+        run.lower(*sharded)
+
+
+@pytest.mark.parametrize("implementation", ["blocked", None])
 def test_arrays_that_know_nothing_of_the_mesh_around_them(implementation, mesh):
     arguments, kw, dy = draw(23)
     with jax.set_mesh(mesh):
@@ -434,6 +444,8 @@ def test_arrays_that_know_nothing_of_the_mesh_around_them(implementation, mesh):
 @pytest.mark.parametrize("implementation", [*[name for name in ALL if name not in PALLAS], None])
 @pytest.mark.parametrize("other", [1, 2])
 def test_inside_shard_map_with_its_types_checked(implementation, other, axis_type):
+    if other > 1 and implementation not in (*IN_PARTS, None):
+        pytest.skip("XLA partitions what is not mapped")
     arguments, kw, dy = draw(22, batch=8)
     devices, spec = np.array(jax.devices()).reshape(-1, other), PartitionSpec("data")
     mesh = Mesh(devices, ("data", "other"), axis_types=(axis_type,) * 2)

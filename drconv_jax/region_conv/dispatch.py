@@ -36,7 +36,7 @@ from drconv_jax.region_conv.pallas_gpu import pallas_gpu
 from drconv_jax.region_conv.pallas_tpu import pallas_tpu
 from drconv_jax.region_conv.reference import reference
 from drconv_jax.region_conv.select import select
-from drconv_jax.region_conv.sharding import per_shard, varying_like
+from drconv_jax.region_conv.sharding import varying_like
 from drconv_jax.region_conv.spec import ConvSpec, Filters, Implementation
 
 Direction = Literal["forward", "backward"]
@@ -50,24 +50,24 @@ class Support:
       implementation: of it.
       platforms: names of XLA's platforms.
       exported: whether a program that `jax.export` takes elsewhere may have it.
-      partitioned: how it is used in a program that XLA partitions among devices. "yes": as it is;
-        "given filters": the same, but mixtures are mixed beforehand; "per shard": the same, each
-        device taking its own samples; "no": not at all.
+      partitioned: whether a program that XLA partitions among devices may have it. XLA must then
+        know that samples are apart, or it would gather the batch on every device. "given filters":
+        it may, with mixtures that are mixed beforehand.
     """
 
     implementation: Implementation
     platforms: tuple[str, ...] = ("cpu", "cuda", "rocm", "tpu")
     exported: bool = True
-    partitioned: Literal["yes", "given filters", "per shard", "no"] = "yes"
+    partitioned: Literal["yes", "given filters", "no"] = "yes"
 
 
 IMPLEMENTATIONS: Mapping[str, Support] = {
-    "reference": Support(reference, partitioned="per shard"),
+    "reference": Support(reference, partitioned="no"),  # openxla/xla#47945
     "select": Support(select),
     "blocked": Support(blocked),
     "cpu": Support(cpu, ("cpu",), exported=False, partitioned="given filters"),
     "pallas_tpu": Support(pallas_tpu, ("cpu", "tpu"), partitioned="no"),
-    "pallas_gpu": Support(pallas_gpu, ("cpu", "cuda"), partitioned="per shard"),
+    "pallas_gpu": Support(pallas_gpu, ("cpu", "cuda"), partitioned="no"),
 }
 
 
@@ -179,8 +179,8 @@ def _check_program(support: Support, program: Program | None) -> None:
         raise NotImplementedError("cannot be in a program that jax.export takes elsewhere")
     if program.partitioned and support.partitioned == "no":
         raise NotImplementedError(
-            "cannot be in a program that XLA partitions among devices; call it within "
-            "jax.shard_map over all axes of the mesh"
+            "cannot be in a program that XLA partitions among devices; use jax.shard_map over all "
+            "axes of the mesh"
         )
 
 
@@ -270,7 +270,8 @@ def _lower(ctx: mlir.LoweringRuleContext, *args: Any, direction: Direction, call
 
 def _is_partitioned(context: Any) -> bool:
     if hasattr(context, "manual_axes"):  # of `shard_map`, which may leave some axes to XLA
-        return set(context.manual_axes) != set(context.mesh.axis_names)
+        shape = context.mesh.shape
+        return any(shape[axis] > 1 for axis in set(shape) - set(context.manual_axes))
     # Of the others, only the context of a program that XLA partitions tells a number of devices.
     return getattr(context, "num_devices", None) not in (None, 1)
 
@@ -282,21 +283,14 @@ def _compute(direction: Direction, call: _Call, program: Program, *args: Array) 
     filters = jax.tree.unflatten(call.filters, leaves)
     names = call.names or defaults(program.platform, x, filters, guide_features)
     support, mixed_before = _choose(names, program, call.spec, x, filters, guide_features)
+
+    def compute(*args: Any) -> list[Array]:
+        results = getattr(support.implementation, direction)(call.spec, *args)
+        return jax.tree.leaves(varying_like(results, *jax.tree.leaves(args)))
+
     if mixed_before:
-        return _mixing_first(
-            functools.partial(_compute_with, direction, call, program, support), call, args
-        )
-    return _compute_with(direction, call, program, support, x, filters, guide_features, *y_and_dy)
-
-
-def _compute_with(
-    direction: Direction, call: _Call, program: Program, support: Support, *args: Any
-) -> list[Array]:
-    run = functools.partial(getattr(support.implementation, direction), call.spec)
-    # TPUs take no custom partitioning: there XLA partitions as well as it can.
-    if program.partitioned and support.partitioned == "per shard" and program.platform != "tpu":
-        run = per_shard(run)
-    return jax.tree.leaves(varying_like(run(*args), *jax.tree.leaves(args)))
+        return _mixing_first(compute, call, args)
+    return compute(x, filters, guide_features, *y_and_dy)
 
 
 def _mixed(call: _Call, filters: Filters) -> Array:
