@@ -1,17 +1,9 @@
 """The native kernels, called directly: values, gradients, what they decline, malformed calls."""
 
-import itertools
-
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from drconv_jax import native
-from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Window
-from drconv_jax.region_conv import cpu
-from drconv_jax.region_conv.mixture import Mixture, mix
 from drconv_jax.region_conv.spec import ConvSpec
 
 pytestmark = pytest.mark.skipif(

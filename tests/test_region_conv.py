@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.test_util import check_grads
 
-from drconv_jax import guide_mask, region_conv
+from drconv_jax import guide_mask, native, region_conv
 from drconv_jax.geometry import window_of
-from drconv_jax.region_conv import IMPLEMENTATIONS, cpu
+from drconv_jax.region_conv import IMPLEMENTATIONS
 
-AVAILABLE = [name for name in IMPLEMENTATIONS if name != "cpu" or cpu.available()]
+AVAILABLE = [name for name in IMPLEMENTATIONS if name != "cpu" or native.available()]
 ALL = [name for name in AVAILABLE if name != "select"]  # which JAX differentiates by itself
 FAST = [name for name in ALL if name != "reference"]
 PALLAS = ["pallas_tpu", "pallas_gpu"]  # which a CPU interprets
@@ -25,27 +25,29 @@ FLOAT64 = [name for name in FAST if name not in PALLAS]
 
 
 needs_kernel = pytest.mark.skipif(
-    not (cpu.available() or shutil.which("c++") or shutil.which("g++")),
+    not (native.available() or shutil.which("c++") or shutil.which("g++")),
     reason="there is no C++ compiler",
 )
 
 
 @needs_kernel
 def test_the_native_kernel_was_built():
-    assert cpu.available()
+    assert native.available()
 
 
 def test_a_missing_kernel_is_said_once(monkeypatch):
     arguments, kw, _ = draw(23, kernel=1)
-    monkeypatch.setattr(cpu, "_missing", "drconv_jax was installed without its native CPU kernel")
-    cpu.available.cache_clear()
+    monkeypatch.setattr(
+        native, "_library", "drconv_jax was installed without its native CPU kernels"
+    )
+    native.available.cache_clear()
     try:
-        with pytest.warns(UserWarning, match='without its native CPU kernel.*"blocked"') as said:
+        with pytest.warns(UserWarning, match="without its native CPU kernels.*slower") as said:
             y = region_conv(*arguments, **kw)
             region_conv(*arguments, **kw)
         assert len(said) == 1
     finally:
-        cpu.available.cache_clear()
+        native.available.cache_clear()
     expected = region_conv(*arguments, implementation="reference", **kw)
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 

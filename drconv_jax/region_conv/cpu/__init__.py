@@ -29,12 +29,7 @@ _DTYPES = (jnp.float32, jnp.float64, jnp.bfloat16)
 _CACHED = 4 << 20  # bytes of filters at once, where a gradient mixes them
 
 
-def supports(
-    spec: ConvSpec,
-    x: Float[Array, "batch *spatial in"],
-    filters: Filters,
-    guide_features: Float[Array, "batch *out_spatial regions"],
-) -> None:
+def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     """See `spec.Implementation.supports`."""
     if not native.available():
         raise NotImplementedError("is not there: the package was installed without a C++ compiler")
