@@ -57,7 +57,7 @@ def test_tiles_of_positions_with_a_ragged_last_one(monkeypatch):
 def test_what_is_not_done_is_passed_on():
     (x, filters, guide), kw, _ = draw(33, kernel=1)
     half = [a.astype(jnp.float16) for a in (x, filters)]
-    with pytest.raises(NotImplementedError, match="does not do float16"):
+    with pytest.raises(NotImplementedError, match="does not compute in float16"):
         op(*half, guide, **kw)
     wide = [jax.ShapeDtypeStruct(s, jnp.float32) for s in ((1, 4, 4096), (1, 8, 1, 4096, 4096))]
     with pytest.raises(NotImplementedError, match="MiB"):

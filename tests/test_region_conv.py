@@ -486,7 +486,7 @@ def test_zero_size_batch(implementation):
 def test_names_in_turn_fall_through(monkeypatch):
     (x, filters, guide), kw, _ = draw(18, kernel=1)
     half = [a.astype(jnp.float16) for a in (x, filters)]
-    with pytest.raises(NotImplementedError, match="does not do float16"):
+    with pytest.raises(NotImplementedError, match="does not compute in float16"):
         region_conv(*half, guide, implementation="cpu", **kw)
     y = region_conv(*half, guide, implementation=("cpu", "blocked"), **kw)
     expected = region_conv(x, filters, guide, **kw)
