@@ -1,0 +1,227 @@
+"""Pure XLA: every position convolved with a mixture of filters that the whole batch shares.
+
+With a_e[p] the weight of expert e at position p, which is that of its sample's region,
+
+    y[p] = sum_e a_e[p] (V_e * x)[p]
+
+where the bank V is one for all samples and regions. No sample's filters are made, nothing is
+sorted or gathered: these are E convolutions of arithmetic, as a few dense products, with little
+more memory traffic than one convolution has. It is right where arithmetic is cheap, on matrix
+units. As nothing depends on the guide but the weights, `jit` over a mesh parts it by itself, and
+the gradient of the bank is the only sum over devices.
+
+TPUs fuse what scales an operand into the product that reads it, and a sum over the last axes of a
+product into the product; the functions below are written so that these are all there is.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from drconv_jax.dtypes import accumulator
+from drconv_jax.guide import region_index
+from drconv_jax.region_conv.mixture import Mixture
+from drconv_jax.region_conv.spec import ConvSpec
+
+
+def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
+    """See `spec.Implementation.supports`."""
+    del spec, x, guide_features
+    if not isinstance(filters, Mixture):
+        raise NotImplementedError("it mixes outputs: it takes a Mixture, not filters.")
+    weights, bank, bias = filters
+    if bank.shape[0] != 1 or (bias is not None and bias.shape[0] != 1):
+        raise NotImplementedError(
+            f"it takes a bank that all regions share, not one for each of {weights.shape[1]} "
+            "regions."
+        )
+    if math.prod(weights.shape[2:-1]) != 1:
+        raise NotImplementedError(
+            f"it takes weights that all taps share, not one for each of {weights.shape[2:-1]} taps."
+        )
+
+
+def forward(
+    spec: ConvSpec,
+    x: Float[Array, "batch *spatial in"],
+    filters: Mixture,
+    guide_features: Float[Array, "batch *out_spatial regions"],
+) -> Float[Array, "batch *out_spatial features"]:
+    """See `spec.Implementation.forward`."""
+    weights, experts = _experts_of(filters)
+    shares = _shares(_own_region(guide_features), weights)
+    if _is_product(spec):
+        y = _product("PEC,ECF->PF", _scaled(x, shares), _matrices(experts), spec.precision)
+    else:
+        y = (_outputs(spec, x, experts) * shares[..., None]).astype(accumulator(x.dtype)).sum(-2)
+    return y.astype(x.dtype)
+
+
+def backward(
+    spec: ConvSpec,
+    x: Float[Array, "batch *spatial in"],
+    filters: Mixture,
+    guide_features: Float[Array, "batch *out_spatial regions"],
+    y: Float[Array, "batch *out_spatial features"],
+    dy: Float[Array, "batch *out_spatial features"],
+) -> tuple[Float[Array, "batch *spatial in"], Mixture, Float[Array, "batch *out_spatial regions"]]:
+    """See `spec.Implementation.backward`."""
+    del y
+    (weights, experts), to_mixture = jax.vjp(_experts_of, filters)
+    own = _own_region(guide_features)
+    shared_dy = _scaled(dy, _shares(own, weights))
+    if _is_product(spec):
+        matrices = _matrices(experts)
+        dx = _product("PEF,ECF->PC", shared_dy, matrices, spec.precision).astype(x.dtype)
+        dexperts = _product("PC,PEF->ECF", x, shared_dy, spec.precision).reshape(experts.shape)
+        through = _product("PF,ECF->PEC", dy, matrices, spec.precision).astype(x.dtype)
+        dshares = _inner(through, x)
+    else:
+        outputs, to_inputs = jax.vjp(functools.partial(_outputs, spec), x, experts)
+        dx, dexperts = to_inputs(shared_dy)
+        dshares = _inner(outputs, dy)
+    out_spatial = tuple(range(1, x.ndim - 1))
+    dweights = jnp.where(own, dshares[..., None, :], 0).sum(axis=out_spatial)
+    everywhere = jnp.expand_dims(weights.astype(dshares.dtype), out_spatial)
+    scores = (dshares[..., None, :] * everywhere).sum(axis=-1)
+    (dmixture,) = to_mixture((dweights.astype(weights.dtype), dexperts.astype(experts.dtype)))
+    return dx, dmixture, scores
+
+
+def _experts_of(
+    mixture: Mixture,
+) -> tuple[
+    Float[Array, "batch regions experts"],
+    Float[Array, "experts *kernel in_per_group features"],
+]:
+    """The weights and the filters that they are of; a bias is a filter whose weight is 1."""
+    weights, bank, bias = mixture
+    weights = weights.reshape(*weights.shape[:2], weights.shape[-1])
+    if bias is None:
+        return weights, bank[0]
+    one = jnp.ones_like(weights[..., :1])
+    return jnp.concatenate([weights, one], axis=-1), jnp.concatenate([bank[0], bias])
+
+
+def _own_region(
+    guide_features: Float[Array, "batch *out_spatial regions"],
+) -> Bool[Array, "batch *out_spatial regions 1"]:
+    """Whether a position is in a region, with an axis behind for the experts."""
+    index = region_index(guide_features)
+    return jax.nn.one_hot(index, guide_features.shape[-1], dtype=bool)[..., None]
+
+
+def _shares(
+    own: Bool[Array, "batch *out_spatial regions 1"],
+    weights: Float[Array, "batch regions experts"],
+) -> Float[Array, "batch *out_spatial experts"]:
+    """How much of each expert is in a position's filter.
+
+    A select fuses into what is around it; a product with one-hots would have to be laid out first.
+    """
+    everywhere = jnp.expand_dims(weights, range(1, own.ndim - 2))
+    return jnp.where(own, everywhere, jnp.zeros((), weights.dtype)).sum(axis=-2)
+
+
+def _scaled(
+    values: Float[Array, "batch *out_spatial channels"],
+    shares: Float[Array, "batch *out_spatial experts"],
+) -> Float[Array, "batch *out_spatial experts channels"]:
+    """What every expert gets of a position's channels."""
+    return shares[..., None] * values[..., None, :]
+
+
+def _inner(
+    outputs: Float[Array, "batch *out_spatial experts channels"],
+    values: Float[Array, "batch *out_spatial channels"],
+) -> Float[Array, "batch *out_spatial experts"]:
+    """<outputs_e[p], values[p]>, its terms rounded as its operands are, its sum wide.
+
+    TPUs would store a copy of `values` in float32 for terms in float32.
+    """
+    terms = outputs * values[..., None, :]
+    return terms.astype(accumulator(terms.dtype)).sum(axis=-1)
+
+
+def _is_product(spec: ConvSpec) -> bool:
+    """Whether the convolution is a product at every position."""
+    return spec.window.is_pointwise and spec.groups == 1
+
+
+def _matrices(
+    experts: Float[Array, experts * kernel in features],
+) -> Float[Array, experts in features]:
+    return experts.reshape(experts.shape[0], *experts.shape[-2:])
+
+
+def _product(
+    equation: str, a: Array, b: Array, precision: jax.lax.Precision | None
+) -> Float[Array, ...]:
+    """An einsum with sums in float32 or wider, in which P, in its first term, stands for all axes of a position."""
+    positions = "bxyz"[: a.ndim + 1 - len(equation.split(",")[0])]
+    wide = accumulator(a.dtype)
+    multiply = functools.partial(
+        jnp.einsum,
+        equation.replace("P", positions),
+        precision=precision,
+        preferred_element_type=wide,
+    )
+    if a.dtype == wide:
+        return multiply(a, b)
+    # XLA's CPU backend does not do every product of bfloat16 values with a float32 result.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: multiply(a.astype(wide), b.astype(wide)), default=multiply
+    )
+
+
+def _outputs(
+    spec: ConvSpec, x: Array, experts: Float[Array, "experts *kernel in_per_group features"]
+) -> Float[Array, "batch *out_spatial experts features"]:
+    """Every expert's convolution of x.
+
+    TPUs fuse a sum over experts into the convolution if the experts are an axis of its windows; if
+    they are a part of its features, they store what all experts give. Elsewhere, where such a
+    window's zeros are multiplied, they are a part of the features.
+    """
+    if len(spec.window.kernel_size) == 3:  # no convolution has a fourth axis
+        return _outputs_as_features(spec, x, experts)
+    return jax.lax.platform_dependent(
+        x,
+        experts,
+        tpu=functools.partial(_outputs_along_an_axis, spec),
+        default=functools.partial(_outputs_as_features, spec),
+    )
+
+
+def _outputs_as_features(spec: ConvSpec, x: Array, experts: Array) -> Array:
+    spatial = "DHW"[-len(spec.window.strides) :]
+    convolve = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=spec.window.strides,
+        padding=spec.window.padding,
+        rhs_dilation=spec.window.dilation,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+        feature_group_count=spec.groups,
+        precision=spec.precision,
+    )
+    return jax.vmap(convolve, (None, 0), out_axes=-2)(x, experts)
+
+
+def _outputs_along_an_axis(spec: ConvSpec, x: Array, experts: Array) -> Array:
+    """One position of x meets one expert at each step of a window along a last spatial axis."""
+    spatial, count = "DHW"[: len(spec.window.strides)], len(experts)
+    return jax.lax.conv_general_dilated(
+        jnp.expand_dims(x, -2),
+        jnp.moveaxis(experts[::-1], 0, -3),
+        (*spec.window.strides, 1),
+        (*spec.window.padding, (count - 1, count - 1)),
+        rhs_dilation=(*spec.window.dilation, 1),
+        dimension_numbers=(f"N{spatial}EC", f"{spatial}EIO", f"N{spatial}EC"),
+        feature_group_count=spec.groups,
+        precision=spec.precision,
+    )

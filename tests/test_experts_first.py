@@ -1,0 +1,195 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from drconv_jax import guide_mask
+from drconv_jax.geometry import Window, window_of
+from drconv_jax.region_conv import experts_first
+from drconv_jax.region_conv.mixture import Mixture, mix
+from drconv_jax.region_conv.spec import ConvSpec
+
+
+def draw(
+    seed,
+    *,
+    kernel=(1, 1),
+    size=5,
+    batch=2,
+    channels=4,
+    features=6,
+    regions=3,
+    experts=5,
+    groups=1,
+    with_bias=False,
+    dtype=np.float32,
+    **window_arguments,
+):
+    """What `forward` takes, and a cotangent."""
+    rng = np.random.default_rng(seed)
+    array = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
+    x, window = window_of(
+        array(batch, *(size,) * len(kernel), channels), kernel, **window_arguments
+    )
+    filter = (*kernel, channels // groups, features)
+    mixture = Mixture(
+        weights=array(batch, regions, *(1,) * len(kernel), experts),
+        bank=array(1, experts, *filter),
+        bias=array(1, *filter) if with_bias else None,
+    )
+    out = window.output_shape(x.shape[1:-1])
+    guide = array(batch, *out, regions).astype(jnp.float32)
+    return ConvSpec(window, groups, None), x, mixture, guide, array(batch, *out, features)
+
+
+def run(spec, x, mixture, guide, dy):
+    """y, dx, the gradient of the mixture, and the scores."""
+    y = experts_first.forward(spec, x, mixture, guide)
+    return y, *experts_first.backward(spec, x, mixture, guide, y, dy)
+
+
+def definition(spec, x, mixture, guide, dy):
+    """As `run`, of every sample's filters and by JAX's own gradients."""
+    spatial = "DHW"[: x.ndim - 2]
+
+    def convolve(sample, filter):
+        return jax.lax.conv_general_dilated(
+            sample[None],
+            filter,
+            spec.window.strides,
+            spec.window.padding,
+            rhs_dilation=spec.window.dilation,
+            dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+            feature_group_count=spec.groups,
+        )[0]
+
+    def everywhere(x, mixture):
+        return jax.vmap(jax.vmap(convolve, (None, 0), -2))(x, mix(mixture))
+
+    def chosen(x, mixture):
+        mask = guide_mask(guide).astype(x.dtype)
+        return (everywhere(x, mixture) * mask[..., None]).sum(-2)
+
+    y, pull = jax.vjp(chosen, x, mixture)
+    return y, *pull(dy), (everywhere(x, mixture) * dy[..., None, :]).sum(-1)
+
+
+def assert_agree(ours, expected, tolerance):
+    """To the largest entry of each array."""
+    for (path, a), b in zip(
+        jax.tree.leaves_with_path(ours), jax.tree.leaves(expected), strict=True
+    ):
+        assert a.shape == b.shape
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        atol = tolerance * np.abs(b).max(initial=1e-30)
+        np.testing.assert_allclose(a, b, rtol=0, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+@st.composite
+def cases(choose):
+    """Keywords of `draw`: any convolution of 1 to 3 dimensions."""
+    rank, groups = choose(st.integers(1, 3)), choose(st.sampled_from([1, 1, 2, 3]))
+    return dict(
+        seed=choose(st.integers(0, 2**20)),
+        kernel=tuple(choose(st.lists(st.integers(1, 3), min_size=rank, max_size=rank))),
+        batch=choose(st.integers(1, 3)),
+        regions=choose(st.sampled_from([1, 2, 8, 33])),
+        experts=choose(st.sampled_from([1, 3, 8])),
+        groups=groups,
+        channels=groups * choose(st.integers(1, 3)),
+        features=groups * choose(st.integers(1, 8)),
+        with_bias=choose(st.booleans()),
+        strides=choose(st.integers(1, 2)),
+        kernel_dilation=choose(st.integers(1, 2)),
+        padding=choose(st.sampled_from(["SAME", "VALID", "CIRCULAR", ((0, 2),) * rank])),
+    )
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(case=cases())
+def test_agrees_with_the_definition(case):
+    with jax.enable_x64(True):
+        arguments = draw(**case, dtype=np.float64)
+        ours, expected = (
+            jax.jit(functools.partial(f, arguments[0]))(*arguments[1:]) for f in (run, definition)
+        )
+        assert_agree(ours, expected, 1e-13)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        dict(channels=58, features=30, size=9, regions=8, experts=8),
+        dict(channels=33, features=17, size=4, regions=33, experts=33),
+        dict(kernel=(3, 3), channels=20, features=12, size=6, with_bias=True),
+    ],
+    ids=["odd", "many", "3x3"],
+)
+@pytest.mark.parametrize("dtype,tolerance", [(np.float32, 2e-6), (jnp.bfloat16, 2**-6)])
+def test_wide_layers_agree(case, dtype, tolerance):
+    spec, *arguments = draw(1, **case, dtype=dtype)
+    exact = jax.tree.map(lambda a: a.astype(jnp.float32), arguments)
+    ours = jax.jit(functools.partial(run, spec))(*arguments)
+    assert_agree(ours, jax.jit(functools.partial(definition, spec))(*exact), tolerance)
+    y, dx, dmixture, scores = ours
+    assert all(a.dtype == dtype for a in (y, dx, *jax.tree.leaves(dmixture)))
+    assert scores.dtype == np.float32
+
+
+def test_bfloat16_sums_in_float32():
+    """384 halves are 192; summed in bfloat16 they are 128, where a half more is lost."""
+    spec = ConvSpec(Window((1,), (1,), ((0, 0),), (1,)), 1, None)
+    low = functools.partial(jnp.full, dtype=jnp.bfloat16)
+    mixture = Mixture(low((1, 1, 1, 1), 1.0), low((1, 1, 1, 384, 384), 1.0))
+    x = low((1, 384, 384), 0.5)
+    y, dx, dmixture, scores = run(spec, x, mixture, jnp.zeros((1, 384, 1)), x)
+    np.testing.assert_array_equal(y, low(y.shape, 192.0))
+    np.testing.assert_array_equal(dx, low(dx.shape, 192.0))
+    np.testing.assert_array_equal(dmixture.bank, low(mixture.bank.shape, 96.0))
+    np.testing.assert_array_equal(scores, jnp.full(scores.shape, 384 * 96.0))
+
+
+@pytest.mark.parametrize("kernel", [(3, 2), (2,)])
+def test_experts_along_an_axis_are_experts_as_features(kernel):
+    """What is compiled for TPUs, and what elsewhere."""
+    spec, x, mixture, _, _ = draw(
+        2, kernel=kernel, groups=2, strides=2, kernel_dilation=2, padding=((0, 1),) * len(kernel)
+    )
+
+    def outputs_and_gradients(outputs):
+        y, pull = jax.vjp(functools.partial(outputs, spec), x, mixture.bank[0])
+        return y, pull(jnp.cos(y))
+
+    along_an_axis = outputs_and_gradients(experts_first._outputs_along_an_axis)
+    as_features = outputs_and_gradients(experts_first._outputs_as_features)
+    assert_agree(along_an_axis, as_features, 1e-6)
+
+
+def test_a_weight_that_is_not_finite_stays_in_its_region():
+    spec, x, mixture, guide, dy = draw(3)
+    guide = guide.at[..., 1].set(-100.0)
+    spoiled = mixture._replace(weights=mixture.weights.at[:, 1].set(jnp.nan))
+    y, dx, dmixture, _ = run(spec, x, spoiled, guide, dy)
+    expected = run(spec, x, mixture, guide, dy)
+    assert_agree((y, dx, dmixture), expected[:3], 1e-6)
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (dict(filters=jnp.ones((2, 3, 1, 1, 4, 6))), "takes a Mixture"),
+        (dict(bank=jnp.ones((3, 5, 1, 1, 4, 6))), "all regions share"),
+        (dict(bias=jnp.ones((3, 1, 1, 4, 6))), "all regions share"),
+        (dict(weights=jnp.ones((2, 3, 3, 3, 5))), "all taps share"),
+    ],
+)
+def test_what_is_not_done_is_declined(change, reason):
+    spec, x, mixture, guide, _ = draw(4)
+    experts_first.supports(spec, x, mixture, guide)
+    filters = change["filters"] if "filters" in change else mixture._replace(**change)
+    with pytest.raises(NotImplementedError, match=reason):
+        experts_first.supports(spec, x, filters, guide)
