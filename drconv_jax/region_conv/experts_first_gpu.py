@@ -1,0 +1,429 @@
+"""Experts first on a GPU, in Triton through Pallas: no sample's filter is ever made.
+
+With a bank V that all regions share, and a_e[p] the weight of expert e in the region of p,
+
+    y[p]  = sum_e a_e[p] (V_e * x)[p]        z_e[p] = <dy[p], (V_e * x)[p]>
+    dx    = sum_e V_e^T * (a_e dy)           dV_e   = sum_p a_e[p] (window of x at p) dy[p]^T
+
+and from z, which is small: the weights' gradient, its sum over each region's positions, and
+scores_j[p] = sum_e alpha_{j,e} z_e[p]. Each is one pass over the positions of all samples, in one
+row, with tensor cores; windows are gathered tap by tap, and expert outputs never leave registers.
+For a pointwise window dx and z are one pass, since there z_e[p] = <V_e^T dy[p], x[p]>.
+
+Sums are float32. Products of float32 values are taken in TF32, as XLA takes them on a GPU, unless
+the precision is HIGHEST.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Array, Float
+
+from drconv_jax.geometry import Window
+from drconv_jax.guide import region_index
+from drconv_jax.region_conv.mixture import Mixture
+from drconv_jax.region_conv.spec import ConvSpec
+from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct
+
+_ROWS, _ROWS_OF_GRADIENT = 128, 64
+_EXPERTS_OF_GRADIENT = 4
+_PROGRAMS = 256
+
+
+def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
+    """See `Implementation.supports`."""
+    if not isinstance(filters, Mixture):
+        raise NotImplementedError("it takes mixtures of a bank, not filters that are given.")
+    weights, bank, bias = filters
+    if bank.shape[0] != 1 or (bias is not None and bias.shape[0] != 1):
+        raise NotImplementedError("it takes a bank and a bias that all regions share.")
+    if any(length != 1 for length in weights.shape[2:-1]):
+        raise NotImplementedError("it takes weights that all taps of the kernel share.")
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"it does float32, bfloat16 and float16, not {x.dtype}.")
+    if guide_features.dtype == jnp.float64:
+        raise NotImplementedError("it compares guide features in float32, which float64 exceeds.")
+    if not all(isinstance(n, int) for n in (*x.shape, *guide_features.shape, *filters.shape)):
+        raise NotImplementedError("it is compiled for shapes that are numbers.")
+    if max(math.prod(x.shape[:-1]), math.prod(guide_features.shape[:-1])) >= 2**31 - _ROWS:
+        raise NotImplementedError("it numbers the positions of the batch in 32 bits.")
+
+
+def forward(
+    spec: ConvSpec,
+    x: Float[Array, "batch *spatial in"],
+    filters: Mixture,
+    guide_features: Float[Array, "batch *out_spatial regions"],
+    *,
+    interpret: bool = False,
+) -> Float[Array, "batch *out_spatial features"]:
+    """See `Implementation.forward`."""
+    weights, matrices = _experts(filters, spec.groups)
+    reads = _Reads(spec.window, x.shape[1:-1], guide_features.shape[1:-1], transposed=False)
+    y, _ = _multiply(
+        spec.precision,
+        reads,
+        _rows_of(x),
+        matrices,
+        _Choice(_rows_of(guide_features), weights),
+        None,
+        interpret,
+    )
+    return y.reshape(*guide_features.shape[:-1], -1)
+
+
+def backward(
+    spec: ConvSpec,
+    x: Float[Array, "batch *spatial in"],
+    filters: Mixture,
+    guide_features: Float[Array, "batch *out_spatial regions"],
+    y: Float[Array, "batch *out_spatial features"],
+    dy: Float[Array, "batch *out_spatial features"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "batch *spatial in"], Mixture, Float[Array, "batch *out_spatial regions"]]:
+    """See `Implementation.backward`."""
+    del y
+    (weights, matrices), to_mixture = jax.vjp(lambda m: _experts(m, spec.groups), filters)
+    choice = _Choice(_rows_of(guide_features), weights)
+    reads = _Reads(spec.window, x.shape[1:-1], guide_features.shape[1:-1], transposed=False)
+    rows, drows = _rows_of(x), _rows_of(dy)
+
+    multiply = functools.partial(_multiply, spec.precision)
+    to_input = reads._replace(transposed=True), drows, jnp.swapaxes(matrices, -1, -2), choice
+    if spec.window.is_pointwise:
+        dx, z = multiply(*to_input, rows, interpret)
+    else:
+        dx, _ = multiply(*to_input, None, interpret)
+        _, z = multiply(reads, rows, matrices, None, drows, interpret)
+
+    batch, *out, regions = guide_features.shape
+    z = z.reshape(batch, math.prod(out), -1)
+    weights = weights.reshape(batch, regions, -1)
+    einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+    scores = einsum("bpe,bme->bpm", z, weights)
+    own = jax.nn.one_hot(region_index(guide_features), regions, dtype=z.dtype)
+    dweights = einsum("bpm,bpe->bme", own.reshape(batch, -1, regions), z)
+    dmatrices = _bank_gradient(spec.precision, reads, rows, drows, choice, matrices, interpret)
+    (dfilters,) = to_mixture((dweights.reshape(batch * regions, -1), dmatrices))
+    return dx.reshape(x.shape), dfilters, scores.reshape(guide_features.shape)
+
+
+def _experts(
+    mixture: Mixture, groups: int
+) -> tuple[Float[Array, "rows_of_weights n"], Float[Array, "n taps groups in_per_group width"]]:
+    """Every region's weights and each tap of each expert; a bias is one more expert."""
+    weights, bank, bias = mixture
+    bank = bank[0]
+    weights = weights.reshape(-1, weights.shape[-1]).astype(jnp.float32)
+    if bias is not None:
+        bank = jnp.concatenate([bank, jnp.broadcast_to(bias, (1, *bank.shape[1:]))])
+        weights = jnp.concatenate([weights, jnp.ones_like(weights, shape=(len(weights), 1))], 1)
+    experts, *kernel, rows, features = bank.shape
+    bank = bank.reshape(experts, math.prod(kernel), rows, groups, features // groups)
+    return weights, jnp.moveaxis(bank, -2, 2)
+
+
+def _rows_of(values: Array) -> Float[Array, "rows channels"]:
+    """The positions of all samples in one row."""
+    return values.reshape(-1, values.shape[-1])
+
+
+class _Choice(NamedTuple):
+    """What names the row of weights that a position of the output has.
+
+    Attributes:
+      guide: every output position's guide features.
+      weights: the rows of all regions of all samples.
+    """
+
+    guide: Float[Array, "rows regions"]
+    weights: Float[Array, "rows_of_weights n"]
+
+
+class _Reads(NamedTuple):
+    """Which position of a source every position of the results reads under each tap.
+
+    Attributes:
+      window: of the convolution.
+      inputs, outputs: the spatial shapes of its input and its output.
+      transposed: the source is the output, and the results are positions of the input.
+    """
+
+    window: Window
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    transposed: bool
+
+    @property
+    def source(self) -> tuple[int, ...]:
+        return self.outputs if self.transposed else self.inputs
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        return self.inputs if self.transposed else self.outputs
+
+    def rows(self, rows: Array, tap: Array) -> tuple[Array, Array]:
+        """The source's rows that these rows of the results read, and which of them exist."""
+        exist = jnp.ones_like(rows, dtype=bool)
+        window = self.window
+        if window.is_pointwise:
+            return rows, exist
+        sample = jax.lax.div(rows, math.prod(self.results))
+        position = _unravel(rows, self.results)
+        taps = _unravel(tap, window.kernel_size)
+        read = sample
+        for axis, here in enumerate(position):
+            stride = window.strides[axis]
+            offset = taps[axis] * window.dilation[axis] - window.padding[axis][0]
+            if self.transposed:
+                there = jax.lax.div(here - offset, stride)
+                exist &= (here >= offset) & (jax.lax.rem(here - offset, stride) == 0)
+            else:
+                there = here * stride + offset
+                exist &= there >= 0
+            exist &= there < self.source[axis]
+            read = read * self.source[axis] + there
+        return read, exist
+
+
+def _multiply(
+    precision: Any,
+    reads: _Reads,
+    source: Float[Array, "source_rows depths"],
+    matrices: Float[Array, "n taps groups depth width"],
+    choice: _Choice | None,
+    other: Float[Array, "rows widths"] | None,
+    interpret: bool,
+) -> tuple[Float[Array, "rows widths"] | None, Float[Array, "rows n"] | None]:
+    """With P_e = V_e * source: sum_e a_e P_e where a choice is given, <P_e, other> where that is.
+
+    A program has `_ROWS` positions and about as many channels of the results as a block has, in
+    several groups where groups are narrow; of the inner products it writes its share.
+    """
+    experts, _, groups, _, width = matrices.shape
+    samples = source.shape[0] // math.prod(reads.source)
+    rows = samples * math.prod(reads.results)
+    shares = pl.cdiv(groups * width, block_of(groups * width))
+    total = None if choice is None else struct((rows, groups * width), source.dtype, source)
+    inner = None if other is None else struct((shares, rows, experts), jnp.float32, source)
+    total, inner = _call(
+        functools.partial(_multiply_kernel, precision, reads, matrices.shape),
+        # Programs of the same positions are neighbours: they find those in the cache.
+        (shares, pl.cdiv(rows, _ROWS)),
+        (source, _padded(matrices), choice, other),
+        (total, inner),
+        interpret,
+    )
+    return total, None if inner is None else inner.sum(axis=0)
+
+
+def _multiply_kernel(
+    precision: Any,
+    reads: _Reads,
+    shape: tuple[int, ...],
+    source: Any,
+    matrices: Any,
+    choice: Any,
+    other: Any,
+    total: Any,
+    inner: Any,
+) -> None:
+    experts, taps, groups, depth, width = shape
+    deep, wide = block_of(depth), block_of(width)
+    chunks, blocks = pl.cdiv(depth, deep), pl.cdiv(width, wide)
+    share, tile = pl.program_id(0), pl.program_id(1)
+    rows = _range(tile, _ROWS)
+    inside = rows < (other if total is None else total).shape[0]
+    chosen_here = None
+    if choice is not None and not reads.transposed:
+        chosen_here = _row_of_weights(choice, reads, rows, inside)
+
+    def add_block(block: Array, z: Any) -> Any:
+        """The products of some channels of a group."""
+        g, f = jax.lax.div(block, blocks), jax.lax.rem(block, blocks)
+        real = _range(f, wide) < width
+        columns = g * width + _range(f, wide)
+        theirs = (
+            None if inner is None else load(other.at[rows[:, None], columns[None]], inside, real)
+        )
+
+        def add_step(step: Array, sums: Any) -> Any:
+            """What some channels of the source give under a tap."""
+            tap, k = jax.lax.div(step, chunks), jax.lax.rem(step, chunks)
+            read, exist = reads.rows(rows, tap)
+            exist &= inside
+            channels = _range(k, deep)
+            ours = load(
+                source.at[read[:, None], (g * depth + channels)[None]], exist, channels < depth
+            )
+            chosen = chosen_here
+            if choice is not None and reads.transposed:
+                chosen = _row_of_weights(choice, reads, read, exist)
+
+            def add_expert(e: Array, sums: Any) -> Any:
+                total_of_block, z = sums
+                matrix = matrices[e, tap, g, pl.ds(k * deep, deep), pl.ds(f * wide, wide)]
+                product = dot(ours, matrix, precision)
+                if total is not None:
+                    weight = triton.load(choice.weights.at[chosen, e], mask=exist, other=0)
+                    total_of_block += weight[:, None] * product
+                if inner is not None:
+                    z_e = (product * theirs.astype(product.dtype)).sum(axis=1)
+                    z += jnp.where(_columns(z) == e, z_e[:, None], 0)
+                return total_of_block, z
+
+            return jax.lax.fori_loop(0, experts, add_expert, sums)
+
+        zero = None if total is None else jnp.zeros((_ROWS, wide), jnp.float32)
+        total_of_block, z = jax.lax.fori_loop(0, taps * chunks, add_step, (zero, z))
+        if total is not None:
+            store(total.at[rows[:, None], columns[None]], total_of_block, inside, real)
+        return z
+
+    zero = None if inner is None else jnp.zeros((_ROWS, pl.next_power_of_2(experts)), jnp.float32)
+    of_share = pl.cdiv(groups * blocks, pl.num_programs(0))
+    end = jnp.minimum((share + 1) * of_share, groups * blocks)
+    z = jax.lax.fori_loop(share * of_share, end, add_block, zero)
+    if inner is not None:
+        columns = jnp.arange(z.shape[1], dtype=jnp.int32)
+        store(inner.at[share, rows[:, None], columns[None]], z, inside, columns < experts)
+
+
+def _bank_gradient(
+    precision: Any,
+    reads: _Reads,
+    x: Float[Array, "input_rows depths"],
+    dy: Float[Array, "rows widths"],
+    choice: _Choice,
+    matrices: Float[Array, "n taps groups depth width"],
+    interpret: bool,
+) -> Float[Array, "n taps groups depth width"]:
+    """dV_e = sum_p a_e[p] (window of x at p) dy[p]^T.
+
+    A program has a block of the matrices of one tap and some experts, and every so many positions;
+    there are as many of those parts as give the GPU `_PROGRAMS` programs.
+    """
+    experts, taps, groups, depth, width = matrices.shape
+    blocks = (
+        pl.cdiv(experts, _EXPERTS_OF_GRADIENT),
+        taps,
+        groups,
+        pl.cdiv(depth, block_of(depth)),
+        pl.cdiv(width, block_of(width)),
+    )
+    parts = min(pl.cdiv(_PROGRAMS, math.prod(blocks)), pl.cdiv(len(dy), _ROWS_OF_GRADIENT))
+    sums = _call(
+        functools.partial(_bank_gradient_kernel, precision, reads, blocks),
+        (math.prod(blocks), parts),
+        (x, dy, choice),
+        struct((parts, *matrices.shape), jnp.float32, x),
+        interpret,
+    )
+    return sums.sum(axis=0).astype(matrices.dtype)
+
+
+def _bank_gradient_kernel(
+    precision: Any,
+    reads: _Reads,
+    blocks: tuple[int, ...],
+    x: Any,
+    dy: Any,
+    choice: Any,
+    sums: Any,
+) -> None:
+    experts, _, _, depth, width = sums.shape[1:]
+    deep, wide = block_of(depth), block_of(width)
+    (some, tap, g, k, f), part = _unravel(pl.program_id(0), blocks), pl.program_id(1)
+    channels, columns = _range(k, deep), _range(f, wide)
+    of_program = [some * _EXPERTS_OF_GRADIENT + i for i in range(_EXPERTS_OF_GRADIENT)]
+
+    def add_tile(tile: Array, totals: list[Array]) -> list[Array]:
+        rows = _range(tile, _ROWS_OF_GRADIENT)
+        inside = rows < dy.shape[0]
+        read, exist = reads.rows(rows, tap)
+        exist &= inside
+        chosen = _row_of_weights(choice, reads, rows, exist)
+        ours = load(x.at[read[:, None], (g * depth + channels)[None]], exist, channels < depth)
+        theirs = load(dy.at[rows[:, None], (g * width + columns)[None]], exist, columns < width)
+
+        def add(total: Array, e: Array) -> Array:
+            weight = triton.load(choice.weights.at[chosen, e], mask=exist & (e < experts), other=0)
+            weighted = weight[:, None] * theirs.astype(jnp.float32)
+            return total + dot(ours.T, weighted.astype(theirs.dtype), precision)
+
+        return [add(total, e) for total, e in zip(totals, of_program, strict=True)]
+
+    zeros = [jnp.zeros((deep, wide), jnp.float32) for _ in of_program]
+    of_part = pl.cdiv(pl.cdiv(dy.shape[0], _ROWS_OF_GRADIENT), sums.shape[0])
+    totals = jax.lax.fori_loop(part * of_part, (part + 1) * of_part, add_tile, zeros)
+    for total, e in zip(totals, of_program, strict=True):
+        real = (channels < depth) & (e < experts)
+        store(
+            sums.at[part, e, tap, g, channels[:, None], columns[None]], total, real, columns < width
+        )
+
+
+def _row_of_weights(choice: Any, reads: _Reads, rows: Array, inside: Array) -> Array:
+    """The row of weights of these positions of the output: that of their largest guide feature.
+
+    As `guide.region_index`: of equals the first, and the first NaN before everything else.
+    """
+
+    def features(region: Any) -> Array:
+        values = triton.load(choice.guide.at[rows, region], mask=inside, other=0)
+        return values.astype(jnp.float32)
+
+    def compare(region: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
+        largest, index = best
+        here = features(region)
+        better = ~(here <= largest) & (largest == largest)
+        return jnp.where(better, here, largest), jnp.where(better, region, index)
+
+    regions = choice.guide.shape[1]
+    first = features(0), jnp.zeros_like(rows)
+    _, index = jax.lax.fori_loop(1, regions, compare, first)
+    return jax.lax.div(rows, math.prod(reads.outputs)) * regions + index
+
+
+def _padded(
+    matrices: Float[Array, "n taps groups depth width"],
+) -> Float[Array, "n taps groups padded_depth padded_width"]:
+    """With zeros up to whole blocks, which are read without masks: a bank is small."""
+    depth, width = matrices.shape[-2:]
+    ends = ((0, 0),) * 3 + ((0, -depth % block_of(depth)), (0, -width % block_of(width)))
+    return jnp.pad(matrices, ends)
+
+
+def _call(kernel: Any, grid: tuple[int, ...], arrays: Any, results: Any, interpret: bool) -> Any:
+    return pl.pallas_call(
+        kernel,
+        out_shape=results,
+        grid=grid,
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        interpret=interpret,
+    )(*arrays)
+
+
+def _range(block: Any, size: int) -> Array:
+    return block * size + jnp.arange(size, dtype=jnp.int32)
+
+
+def _columns(values: Array) -> Array:
+    return jnp.arange(values.shape[1], dtype=jnp.int32)[None]
+
+
+def _unravel(number: Any, shape: tuple[int, ...]) -> list[Any]:
+    """The index of an entry, in row-major order."""
+    index = []
+    for length in reversed(shape):
+        index.append(jax.lax.rem(number, length))
+        number = jax.lax.div(number, length)
+    return index[::-1]
