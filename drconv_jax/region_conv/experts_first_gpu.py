@@ -376,20 +376,15 @@ def _row_of_weights(choice: Any, reads: _Reads, rows: Array, inside: Array) -> A
 
     As `guide.region_index`: of equals the first, and the first NaN before everything else.
     """
-
-    def features(region: Any) -> Array:
-        values = triton.load(choice.guide.at[rows, region], mask=inside, other=0)
-        return values.astype(jnp.float32)
-
-    def compare(region: Array, best: tuple[Array, Array]) -> tuple[Array, Array]:
-        largest, index = best
-        here = features(region)
-        better = ~(here <= largest) & (largest == largest)
-        return jnp.where(better, here, largest), jnp.where(better, region, index)
-
     regions = choice.guide.shape[1]
-    first = features(0), jnp.zeros_like(rows)
-    _, index = jax.lax.fori_loop(1, regions, compare, first)
+    columns = jnp.arange(pl.next_power_of_2(regions), dtype=jnp.int32)
+    block = choice.guide.at[rows[:, None], columns[None]]
+    features = load(block, inside, columns < regions).astype(jnp.float32)
+    unknown = features != features
+    ordered = jnp.where(unknown | (columns >= regions)[None], -jnp.inf, features)
+    largest = ordered == ordered.max(axis=1)[:, None]
+    first = jnp.where(unknown.astype(jnp.int32).max(axis=1)[:, None] > 0, unknown, largest)
+    index = jnp.where(first, columns[None], regions).min(axis=1)
     return jax.lax.div(rows, math.prod(reads.outputs)) * regions + index
 
 
