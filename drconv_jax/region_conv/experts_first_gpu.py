@@ -32,9 +32,35 @@ from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.spec import ConvSpec
 from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct
 
-_ROWS, _ROWS_OF_GRADIENT = 128, 64
-_EXPERTS_OF_GRADIENT = 4
-_PROGRAMS = 256
+_PROGRAMS = 256  # of the bank's gradient: about two for each multiprocessor of a large GPU
+
+
+class _Tile(NamedTuple):
+    """Of how much a program computes products.
+
+    Attributes:
+      rows: positions, where positions have results.
+      rows_of_bank: positions, where the bank's gradient sums over them.
+      experts_of_bank: experts whose gradient a program sums, at most.
+      channels: of the source and of the results, at most.
+    """
+
+    rows: int
+    rows_of_bank: int
+    experts_of_bank: int
+    channels: int
+
+
+def _tile(dtype: Any, precision: Any) -> _Tile:
+    """As large as registers allow: the larger, the fewer bytes are read for a product."""
+    # A thread of the 128 has 255 registers. 128x64 float32 sums and a product of that size, or four
+    # sums of 64x64, take 128 of them and leave as many for operands; float32 operands are twice as
+    # large, and those of HIGHEST products, which tensor cores cannot do, are all kept in registers.
+    if jnp.dtype(dtype).itemsize < 4:
+        return _Tile(128, 64, 4, 64)
+    if precision == jax.lax.Precision.HIGHEST:
+        return _Tile(64, 32, 4, 32)
+    return _Tile(64, 64, 4, 64)
 
 
 def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
@@ -52,8 +78,10 @@ def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features:
         raise NotImplementedError("it compares guide features in float32, which float64 exceeds.")
     if not all(isinstance(n, int) for n in (*x.shape, *guide_features.shape, *filters.shape)):
         raise NotImplementedError("it is compiled for shapes that are numbers.")
-    if max(math.prod(x.shape[:-1]), math.prod(guide_features.shape[:-1])) >= 2**31 - _ROWS:
-        raise NotImplementedError("it numbers the positions of the batch in 32 bits.")
+    if max(math.prod(x.shape[:-1]), math.prod(guide_features.shape[:-1])) >= 2**30:
+        raise NotImplementedError(
+            "it numbers the positions of the batch in 32 bits, fewer than 2^30."
+        )
 
 
 def forward(
@@ -106,13 +134,14 @@ def backward(
 
     batch, *out, regions = guide_features.shape
     z = z.reshape(batch, math.prod(out), -1)
-    weights = weights.reshape(batch, regions, -1)
+    weights = weights.reshape(batch, regions, -1).astype(z.dtype)
     einsum = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     scores = einsum("bpe,bme->bpm", z, weights)
     own = jax.nn.one_hot(region_index(guide_features), regions, dtype=z.dtype)
     dweights = einsum("bpm,bpe->bme", own.reshape(batch, -1, regions), z)
     dmatrices = _bank_gradient(spec.precision, reads, rows, drows, choice, matrices, interpret)
-    (dfilters,) = to_mixture((dweights.reshape(batch * regions, -1), dmatrices))
+    dweights = dweights.reshape(batch * regions, -1).astype(filters.dtype)
+    (dfilters,) = to_mixture((dweights, dmatrices))
     return dx.reshape(x.shape), dfilters, scores.reshape(guide_features.shape)
 
 
@@ -122,7 +151,7 @@ def _experts(
     """Every region's weights and each tap of each expert; a bias is one more expert."""
     weights, bank, bias = mixture
     bank = bank[0]
-    weights = weights.reshape(-1, weights.shape[-1]).astype(jnp.float32)
+    weights = weights.reshape(-1, weights.shape[-1])
     if bias is not None:
         bank = jnp.concatenate([bank, jnp.broadcast_to(bias, (1, *bank.shape[1:]))])
         weights = jnp.concatenate([weights, jnp.ones_like(weights, shape=(len(weights), 1))], 1)
@@ -205,20 +234,21 @@ def _multiply(
 ) -> tuple[Float[Array, "rows widths"] | None, Float[Array, "rows n"] | None]:
     """With P_e = V_e * source: sum_e a_e P_e where a choice is given, <P_e, other> where that is.
 
-    A program has `_ROWS` positions and about as many channels of the results as a block has, in
+    A program has some positions and, of the results, about as many channels as a block may have, in
     several groups where groups are narrow; of the inner products it writes its share.
     """
+    tile = _tile(source.dtype, precision)
     experts, _, groups, _, width = matrices.shape
     samples = source.shape[0] // math.prod(reads.source)
     rows = samples * math.prod(reads.results)
-    shares = pl.cdiv(groups * width, block_of(groups * width))
+    shares = pl.cdiv(groups * width, tile.channels)
     total = None if choice is None else struct((rows, groups * width), source.dtype, source)
     inner = None if other is None else struct((shares, rows, experts), jnp.float32, source)
     total, inner = _call(
         functools.partial(_multiply_kernel, precision, reads, matrices.shape),
         # Programs of the same positions are neighbours: they find those in the cache.
-        (shares, pl.cdiv(rows, _ROWS)),
-        (source, _padded(matrices), choice, other),
+        (shares, pl.cdiv(rows, tile.rows)),
+        (source, _padded(matrices, tile.channels), choice, other),
         (total, inner),
         interpret,
     )
@@ -237,10 +267,10 @@ def _multiply_kernel(
     inner: Any,
 ) -> None:
     experts, taps, groups, depth, width = shape
-    deep, wide = block_of(depth), block_of(width)
+    tile = _tile(source.dtype, precision)
+    deep, wide = block_of(depth, tile.channels), block_of(width, tile.channels)
     chunks, blocks = pl.cdiv(depth, deep), pl.cdiv(width, wide)
-    share, tile = pl.program_id(0), pl.program_id(1)
-    rows = _range(tile, _ROWS)
+    rows = _range(pl.program_id(1), tile.rows)
     inside = rows < (other if total is None else total).shape[0]
     chosen_here = None
     if choice is not None and not reads.transposed:
@@ -251,19 +281,17 @@ def _multiply_kernel(
         g, f = jax.lax.div(block, blocks), jax.lax.rem(block, blocks)
         real = _range(f, wide) < width
         columns = g * width + _range(f, wide)
-        theirs = (
-            None if inner is None else load(other.at[rows[:, None], columns[None]], inside, real)
-        )
+        theirs = None
+        if inner is not None:
+            theirs = load(other.at[rows[:, None], columns[None]], inside, real).astype(jnp.float32)
 
         def add_step(step: Array, sums: Any) -> Any:
             """What some channels of the source give under a tap."""
             tap, k = jax.lax.div(step, chunks), jax.lax.rem(step, chunks)
             read, exist = reads.rows(rows, tap)
             exist &= inside
-            channels = _range(k, deep)
-            ours = load(
-                source.at[read[:, None], (g * depth + channels)[None]], exist, channels < depth
-            )
+            channels, here = _range(k, deep), g * depth + _range(k, deep)
+            ours = load(source.at[read[:, None], here[None]], exist, channels < depth)
             chosen = chosen_here
             if choice is not None and reads.transposed:
                 chosen = _row_of_weights(choice, reads, read, exist)
@@ -271,25 +299,32 @@ def _multiply_kernel(
             def add_expert(e: Array, sums: Any) -> Any:
                 total_of_block, z = sums
                 matrix = matrices[e, tap, g, pl.ds(k * deep, deep), pl.ds(f * wide, wide)]
+
+                def weighted(values: Array) -> Array:
+                    weight = triton.load(choice.weights.at[chosen, e], mask=exist, other=0)
+                    return weight.astype(values.dtype)[:, None] * values
+
+                if inner is None:  # then what is weighted is read by the product from registers
+                    return total_of_block + dot(weighted(ours), matrix, precision), z
                 product = dot(ours, matrix, precision)
                 if total is not None:
-                    weight = triton.load(choice.weights.at[chosen, e], mask=exist, other=0)
-                    total_of_block += weight[:, None] * product
-                if inner is not None:
-                    z_e = (product * theirs.astype(product.dtype)).sum(axis=1)
-                    z += jnp.where(_columns(z) == e, z_e[:, None], 0)
+                    total_of_block += weighted(product)
+                z_e = (product * theirs).sum(axis=1)
+                z += jnp.where(_columns(z) == e, z_e[:, None], 0)
                 return total_of_block, z
 
             return jax.lax.fori_loop(0, experts, add_expert, sums)
 
-        zero = None if total is None else jnp.zeros((_ROWS, wide), jnp.float32)
+        zero = None if total is None else jnp.zeros((tile.rows, wide), jnp.float32)
         total_of_block, z = jax.lax.fori_loop(0, taps * chunks, add_step, (zero, z))
         if total is not None:
             store(total.at[rows[:, None], columns[None]], total_of_block, inside, real)
         return z
 
-    zero = None if inner is None else jnp.zeros((_ROWS, pl.next_power_of_2(experts)), jnp.float32)
-    of_share = pl.cdiv(groups * blocks, pl.num_programs(0))
+    zero = None
+    if inner is not None:
+        zero = jnp.zeros((tile.rows, pl.next_power_of_2(experts)), jnp.float32)
+    share, of_share = pl.program_id(0), pl.cdiv(groups * blocks, pl.num_programs(0))
     end = jnp.minimum((share + 1) * of_share, groups * blocks)
     z = jax.lax.fori_loop(share * of_share, end, add_block, zero)
     if inner is not None:
@@ -312,14 +347,15 @@ def _bank_gradient(
     there are as many of those parts as give the GPU `_PROGRAMS` programs.
     """
     experts, taps, groups, depth, width = matrices.shape
+    tile = _tile(x.dtype, precision)
     blocks = (
-        pl.cdiv(experts, _EXPERTS_OF_GRADIENT),
+        pl.cdiv(experts, tile.experts_of_bank),
         taps,
         groups,
-        pl.cdiv(depth, block_of(depth)),
-        pl.cdiv(width, block_of(width)),
+        pl.cdiv(depth, block_of(depth, tile.channels)),
+        pl.cdiv(width, block_of(width, tile.channels)),
     )
-    parts = min(pl.cdiv(_PROGRAMS, math.prod(blocks)), pl.cdiv(len(dy), _ROWS_OF_GRADIENT))
+    parts = min(pl.cdiv(_PROGRAMS, math.prod(blocks)), pl.cdiv(len(dy), tile.rows_of_bank))
     sums = _call(
         functools.partial(_bank_gradient_kernel, precision, reads, blocks),
         (math.prod(blocks), parts),
@@ -340,35 +376,35 @@ def _bank_gradient_kernel(
     sums: Any,
 ) -> None:
     experts, _, _, depth, width = sums.shape[1:]
-    deep, wide = block_of(depth), block_of(width)
+    tile = _tile(x.dtype, precision)
+    deep, wide = block_of(depth, tile.channels), block_of(width, tile.channels)
     (some, tap, g, k, f), part = _unravel(pl.program_id(0), blocks), pl.program_id(1)
     channels, columns = _range(k, deep), _range(f, wide)
-    of_program = [some * _EXPERTS_OF_GRADIENT + i for i in range(_EXPERTS_OF_GRADIENT)]
+    of_program = pl.cdiv(experts, blocks[0])
+    ours = [some * of_program + i for i in range(of_program)]
 
-    def add_tile(tile: Array, totals: list[Array]) -> list[Array]:
-        rows = _range(tile, _ROWS_OF_GRADIENT)
+    def add_rows(i: Array, totals: list[Array]) -> list[Array]:
+        rows = _range(i, tile.rows_of_bank)
         inside = rows < dy.shape[0]
         read, exist = reads.rows(rows, tap)
         exist &= inside
         chosen = _row_of_weights(choice, reads, rows, exist)
-        ours = load(x.at[read[:, None], (g * depth + channels)[None]], exist, channels < depth)
-        theirs = load(dy.at[rows[:, None], (g * width + columns)[None]], exist, columns < width)
+        window = load(x.at[read[:, None], (g * depth + channels)[None]], exist, channels < depth)
+        results = load(dy.at[rows[:, None], (g * width + columns)[None]], exist, columns < width)
 
         def add(total: Array, e: Array) -> Array:
             weight = triton.load(choice.weights.at[chosen, e], mask=exist & (e < experts), other=0)
-            weighted = weight[:, None] * theirs.astype(jnp.float32)
-            return total + dot(ours.T, weighted.astype(theirs.dtype), precision)
+            return total + dot(weight[None] * window.T, results, precision)
 
-        return [add(total, e) for total, e in zip(totals, of_program, strict=True)]
+        return [add(total, e) for total, e in zip(totals, ours, strict=True)]
 
-    zeros = [jnp.zeros((deep, wide), jnp.float32) for _ in of_program]
-    of_part = pl.cdiv(pl.cdiv(dy.shape[0], _ROWS_OF_GRADIENT), sums.shape[0])
-    totals = jax.lax.fori_loop(part * of_part, (part + 1) * of_part, add_tile, zeros)
-    for total, e in zip(totals, of_program, strict=True):
+    zeros = [jnp.zeros((deep, wide), jnp.float32) for _ in ours]
+    of_part = pl.cdiv(pl.cdiv(dy.shape[0], tile.rows_of_bank), sums.shape[0])
+    totals = jax.lax.fori_loop(part * of_part, (part + 1) * of_part, add_rows, zeros)
+    for total, e in zip(totals, ours, strict=True):
         real = (channels < depth) & (e < experts)
-        store(
-            sums.at[part, e, tap, g, channels[:, None], columns[None]], total, real, columns < width
-        )
+        block = sums.at[part, e, tap, g, channels[:, None], columns[None]]
+        store(block, total, real, columns < width)
 
 
 def _row_of_weights(choice: Any, reads: _Reads, rows: Array, inside: Array) -> Array:
@@ -389,12 +425,11 @@ def _row_of_weights(choice: Any, reads: _Reads, rows: Array, inside: Array) -> A
 
 
 def _padded(
-    matrices: Float[Array, "n taps groups depth width"],
+    matrices: Float[Array, "n taps groups depth width"], most: int
 ) -> Float[Array, "n taps groups padded_depth padded_width"]:
     """With zeros up to whole blocks, which are read without masks: a bank is small."""
-    depth, width = matrices.shape[-2:]
-    ends = ((0, 0),) * 3 + ((0, -depth % block_of(depth)), (0, -width % block_of(width)))
-    return jnp.pad(matrices, ends)
+    ends = [(0, -length % block_of(length, most)) for length in matrices.shape[-2:]]
+    return jnp.pad(matrices, [(0, 0)] * 3 + ends)
 
 
 def _call(kernel: Any, grid: tuple[int, ...], arrays: Any, results: Any, interpret: bool) -> Any:

@@ -11,12 +11,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array
 
-_CHANNELS = 64
 
-
-def block_of(channels: int) -> int:
+def block_of(channels: int, most: int = 64) -> int:
     """How many channels a program takes at once: a power of two that a product can have."""
-    return min(_CHANNELS, max(16, 2 ** math.ceil(math.log2(channels))))
+    return min(most, max(16, 2 ** math.ceil(math.log2(channels))))
 
 
 def span(block: Any, size: int, end: int) -> tuple[Any, Array]:
