@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float
 
 from drconv_jax.geometry import Window
 from drconv_jax.guide import region_index
 from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.spec import ConvSpec
-from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct
+from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct, triton
 
 _PROGRAMS = 256  # of the bank's gradient: about two for each multiprocessor of a large GPU
 
@@ -65,6 +64,8 @@ def _tile(dtype: Any, precision: Any) -> _Tile:
 
 def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
     """See `Implementation.supports`."""
+    if triton is None:
+        raise NotImplementedError("it is made of Triton kernels through Pallas, which JAX lacks.")
     if not isinstance(filters, Mixture):
         raise NotImplementedError("it takes mixtures of a bank, not filters that are given.")
     weights, bank, bias = filters

@@ -8,10 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from drconv_jax.region_conv.triton_blocks import block_of, dot, load, span, store, struct
+from drconv_jax.region_conv.triton_blocks import block_of, dot, load, span, store, struct, triton
 
 _POSITIONS = 64
 

@@ -8,8 +8,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array
+
+triton: Any
+try:
+    from jax.experimental.pallas import triton
+except ImportError:  # JAX 0.12 says that it will go
+    triton = None
 
 
 def block_of(channels: int, most: int = 64) -> int:
