@@ -174,7 +174,9 @@ def test_memory_on_an_h100_that_is_not_there(size, channels, kernel):
     kw = dict(feature_group_count=1)
     program = gpu.compile_for_gpu(functools.partial(run, kw), x, mixture, guide, x)
     ours = [
-        name for name in program.kernels if name in ("_multiply_kernel", "_bank_gradient_kernel")
+        name
+        for name in program.kernels
+        if name in ("_experts_multiply_kernel", "_experts_bank_gradient_kernel")
     ]
     assert len(ours) == (3 if kernel == 1 else 4)
     assert program.temporary_bytes <= 2 * x.size * x.dtype.itemsize

@@ -96,15 +96,8 @@ def forward(
     """See `Implementation.forward`."""
     weights, matrices = _experts(filters, spec.groups)
     reads = _Reads(spec.window, x.shape[1:-1], guide_features.shape[1:-1], transposed=False)
-    y, _ = _multiply(
-        spec.precision,
-        reads,
-        _rows_of(x),
-        matrices,
-        _Choice(_rows_of(guide_features), weights),
-        None,
-        interpret,
-    )
+    choice = _Choice(_rows_of(guide_features), weights)
+    y, _ = _multiply(spec.precision, interpret, reads, _rows_of(x), matrices, choice=choice)
     return y.reshape(*guide_features.shape[:-1], -1)
 
 
@@ -125,13 +118,13 @@ def backward(
     reads = _Reads(spec.window, x.shape[1:-1], guide_features.shape[1:-1], transposed=False)
     rows, drows = _rows_of(x), _rows_of(dy)
 
-    multiply = functools.partial(_multiply, spec.precision)
-    to_input = reads._replace(transposed=True), drows, jnp.swapaxes(matrices, -1, -2), choice
+    multiply = functools.partial(_multiply, spec.precision, interpret)
+    to_input = reads._replace(transposed=True), drows, jnp.swapaxes(matrices, -1, -2)
     if spec.window.is_pointwise:
-        dx, z = multiply(*to_input, rows, interpret)
+        dx, z = multiply(*to_input, choice=choice, other=rows)
     else:
-        dx, _ = multiply(*to_input, None, interpret)
-        _, z = multiply(reads, rows, matrices, None, drows, interpret)
+        dx, _ = multiply(*to_input, choice=choice)
+        _, z = multiply(reads, rows, matrices, other=drows)
 
     batch, *out, regions = guide_features.shape
     z = z.reshape(batch, math.prod(out), -1)
@@ -140,7 +133,8 @@ def backward(
     scores = einsum("bpe,bme->bpm", z, weights)
     own = jax.nn.one_hot(region_index(guide_features), regions, dtype=z.dtype)
     dweights = einsum("bpm,bpe->bme", own.reshape(batch, -1, regions), z)
-    dmatrices = _bank_gradient(spec.precision, reads, rows, drows, choice, matrices, interpret)
+
+    dmatrices = _bank_gradient(spec.precision, interpret, reads, rows, drows, matrices, choice)
     dweights = dweights.reshape(batch * regions, -1).astype(filters.dtype)
     (dfilters,) = to_mixture((dweights, dmatrices))
     return dx.reshape(x.shape), dfilters, scores.reshape(guide_features.shape)
@@ -226,14 +220,17 @@ class _Reads(NamedTuple):
 
 def _multiply(
     precision: Any,
+    interpret: bool,
     reads: _Reads,
     source: Float[Array, "source_rows depths"],
     matrices: Float[Array, "n taps groups depth width"],
-    choice: _Choice | None,
-    other: Float[Array, "rows widths"] | None,
-    interpret: bool,
-) -> tuple[Float[Array, "rows widths"] | None, Float[Array, "rows n"] | None]:
-    """With P_e = V_e * source: sum_e a_e P_e where a choice is given, <P_e, other> where that is.
+    *,
+    choice: _Choice | None = None,
+    other: Float[Array, "rows widths"] | None = None,
+) -> tuple[Any, Any]:
+    """With P_e = V_e * source: sum_e a_e P_e of a choice, and all <P_e, other> in float32.
+
+    None stands for either where what it is taken with is not given.
 
     A program has some positions and, of the results, about as many channels as a block may have, in
     several groups where groups are narrow; of the inner products it writes its share.
@@ -246,7 +243,7 @@ def _multiply(
     total = None if choice is None else struct((rows, groups * width), source.dtype, source)
     inner = None if other is None else struct((shares, rows, experts), jnp.float32, source)
     total, inner = _call(
-        functools.partial(_multiply_kernel, precision, reads, matrices.shape),
+        functools.partial(_experts_multiply_kernel, precision, reads, matrices.shape),
         # Programs of the same positions are neighbours: they find those in the cache.
         (shares, pl.cdiv(rows, tile.rows)),
         (source, _padded(matrices, tile.channels), choice, other),
@@ -256,7 +253,7 @@ def _multiply(
     return total, None if inner is None else inner.sum(axis=0)
 
 
-def _multiply_kernel(
+def _experts_multiply_kernel(
     precision: Any,
     reads: _Reads,
     shape: tuple[int, ...],
@@ -301,13 +298,13 @@ def _multiply_kernel(
                 total_of_block, z = sums
                 matrix = matrices[e, tap, g, pl.ds(k * deep, deep), pl.ds(f * wide, wide)]
 
-                def weighted(values: Array) -> Array:
+                def weighted(values: Any) -> Array:
                     weight = triton.load(choice.weights.at[chosen, e], mask=exist, other=0)
                     return weight.astype(values.dtype)[:, None] * values
 
                 if inner is None:  # then what is weighted is read by the product from registers
                     return total_of_block + dot(weighted(ours), matrix, precision), z
-                product = dot(ours, matrix, precision)
+                product: Any = dot(ours, matrix, precision)
                 if total is not None:
                     total_of_block += weighted(product)
                 z_e = (product * theirs).sum(axis=1)
@@ -335,12 +332,12 @@ def _multiply_kernel(
 
 def _bank_gradient(
     precision: Any,
+    interpret: bool,
     reads: _Reads,
     x: Float[Array, "input_rows depths"],
     dy: Float[Array, "rows widths"],
-    choice: _Choice,
     matrices: Float[Array, "n taps groups depth width"],
-    interpret: bool,
+    choice: _Choice,
 ) -> Float[Array, "n taps groups depth width"]:
     """dV_e = sum_p a_e[p] (window of x at p) dy[p]^T.
 
@@ -358,7 +355,7 @@ def _bank_gradient(
     )
     parts = min(pl.cdiv(_PROGRAMS, math.prod(blocks)), pl.cdiv(len(dy), tile.rows_of_bank))
     sums = _call(
-        functools.partial(_bank_gradient_kernel, precision, reads, blocks),
+        functools.partial(_experts_bank_gradient_kernel, precision, reads, blocks),
         (math.prod(blocks), parts),
         (x, dy, choice),
         struct((parts, *matrices.shape), jnp.float32, x),
@@ -367,7 +364,7 @@ def _bank_gradient(
     return sums.sum(axis=0).astype(matrices.dtype)
 
 
-def _bank_gradient_kernel(
+def _experts_bank_gradient_kernel(
     precision: Any,
     reads: _Reads,
     blocks: tuple[int, ...],

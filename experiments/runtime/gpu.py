@@ -87,8 +87,8 @@ def compile_for_gpu(function: Callable[..., Any], *args: Any) -> Program:
     kind = AbstractDevice(device().device_kind, num_cores=None, platform="gpu")
     with use_abstract_mesh(AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=kind)):
         program = jax.jit(function).lower(*structs).compile()
-    memory = program.memory_analysis()
-    return Program(memory.temp_size_in_bytes, tuple(_kernels(program.as_text())))
+    memory: Any = program.memory_analysis()
+    return Program(memory.temp_size_in_bytes, tuple(_kernels(program.as_text() or "")))
 
 
 _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%(?P<name>[\w.-]+) = .*? (?P<kind>[a-z][\w-]*)\(")
