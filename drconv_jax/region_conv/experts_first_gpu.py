@@ -31,35 +31,47 @@ from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.spec import ConvSpec
 from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct, triton
 
-_PROGRAMS = 256  # of the bank's gradient: about two for each multiprocessor of a large GPU
+# Per multiprocessor an H100 has 228 KiB of shared memory and 65536 registers, 255 for a thread.
+_HELD_BYTES = 80 * 1024  # so that two programs fit, with two buffers of positions each
+_PROGRAMS = 264  # two for each of its 132 multiprocessors
 
 
 class _Tile(NamedTuple):
-    """Of how much a program computes products.
+    """Of how much a program of `_multiply` computes products at once.
 
     Attributes:
-      rows: positions, where positions have results.
-      rows_of_bank: positions, where the bank's gradient sums over them.
-      experts_of_bank: experts whose gradient a program sums, at most.
-      channels: of the source and of the results, at most.
+      rows: positions.
+      deep, wide: channels of the source and of the results, in one group.
+      held: the program reads its matrices once, into shared memory, and then all of its positions;
+        otherwise it has `rows` positions and reads the matrices for them.
     """
 
     rows: int
-    rows_of_bank: int
-    experts_of_bank: int
-    channels: int
+    deep: int
+    wide: int
+    held: bool
 
 
-def _tile(dtype: Any, precision: Any) -> _Tile:
-    """As large as registers allow: the larger, the fewer bytes are read for a product."""
-    # A thread of the 128 has 255 registers. 128x64 float32 sums and a product of that size, or four
-    # sums of 64x64, take 128 of them and leave as many for operands; float32 operands are twice as
-    # large, and those of HIGHEST products, which tensor cores cannot do, are all kept in registers.
-    if jnp.dtype(dtype).itemsize < 4:
-        return _Tile(128, 64, 4, 64)
-    if precision == jax.lax.Precision.HIGHEST:
-        return _Tile(64, 32, 4, 32)
-    return _Tile(64, 64, 4, 64)
+def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...]) -> _Tile:
+    """The tile for matrices of this shape (n, taps, groups, depth, width)."""
+    experts, taps, groups, depth, width = shape
+    size, exact = jnp.dtype(dtype).itemsize, _is_exact(dtype, precision)
+    # Without tensor cores all operands are kept in registers.
+    most = 32 if exact else 64
+    deep, wide = block_of(depth, most), block_of(width, most)
+    matrices = experts * taps * pl.cdiv(depth, deep)
+    if groups == 1 and matrices <= 32 and not exact:
+        for narrower in (wide, min(wide, 32)):
+            if matrices * deep * narrower * size <= _HELD_BYTES:
+                return _Tile(64, deep, narrower, held=True)
+    # 128x64 sums and a product of that size take 128 registers of each of 128 threads, which leaves
+    # as many for 16-bit operands.
+    return _Tile(128 if size < 4 else 64, deep, wide, held=False)
+
+
+def _is_exact(dtype: Any, precision: Any) -> bool:
+    """Whether products are those of whole float32 values, which tensor cores cannot do."""
+    return jnp.dtype(dtype).itemsize == 4 and precision == jax.lax.Precision.HIGHEST
 
 
 def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
@@ -194,7 +206,7 @@ class _Reads(NamedTuple):
     def results(self) -> tuple[int, ...]:
         return self.inputs if self.transposed else self.outputs
 
-    def rows(self, rows: Array, tap: Array) -> tuple[Array, Array]:
+    def rows(self, rows: Array, tap: Any) -> tuple[Array, Array]:
         """The source's rows that these rows of the results read, and which of them exist."""
         exist = jnp.ones_like(rows, dtype=bool)
         window = self.window
@@ -232,22 +244,24 @@ def _multiply(
 
     None stands for either where what it is taken with is not given.
 
-    A program has some positions and, of the results, about as many channels as a block may have, in
-    several groups where groups are narrow; of the inner products it writes its share.
+    A program has positions of a tile, or many tiles where it holds its matrices, and a share of the
+    channels of the results: a block of them, or several groups where groups are narrow.
     """
-    tile = _tile(source.dtype, precision)
     experts, _, groups, _, width = matrices.shape
+    tile = _tile_of(source.dtype, precision, matrices.shape)
     samples = source.shape[0] // math.prod(reads.source)
     rows = samples * math.prod(reads.results)
-    shares = pl.cdiv(groups * width, tile.channels)
+    shares = pl.cdiv(groups * width, tile.wide if groups == 1 else 64)
+    tiles = pl.cdiv(rows, tile.rows)
     total = None if choice is None else struct((rows, groups * width), source.dtype, source)
     inner = None if other is None else struct((shares, rows, experts), jnp.float32, source)
     total, inner = _call(
         functools.partial(_experts_multiply_kernel, precision, reads, matrices.shape),
         # Programs of the same positions are neighbours: they find those in the cache.
-        (shares, pl.cdiv(rows, tile.rows)),
-        (source, _padded(matrices, tile.channels), choice, other),
+        (shares, min(tiles, pl.cdiv(2 * _PROGRAMS, shares)) if tile.held else tiles),
+        (source, _padded(matrices, tile.deep, tile.wide), choice, other),
         (total, inner),
+        2 if tile.held else 3,
         interpret,
     )
     return total, None if inner is None else inner.sum(axis=0)
@@ -265,69 +279,94 @@ def _experts_multiply_kernel(
     inner: Any,
 ) -> None:
     experts, taps, groups, depth, width = shape
-    tile = _tile(source.dtype, precision)
-    deep, wide = block_of(depth, tile.channels), block_of(width, tile.channels)
-    chunks, blocks = pl.cdiv(depth, deep), pl.cdiv(width, wide)
-    rows = _range(pl.program_id(1), tile.rows)
-    inside = rows < (other if total is None else total).shape[0]
-    chosen_here = None
-    if choice is not None and not reads.transposed:
-        chosen_here = _row_of_weights(choice, reads, rows, inside)
+    tile = _tile_of(source.dtype, precision, shape)
+    chunks, blocks = pl.cdiv(depth, tile.deep), pl.cdiv(width, tile.wide)
+    steps = taps * chunks
+    all_rows = (other if total is None else total).shape[0]
+    share, program = pl.program_id(0), pl.program_id(1)
+    shares, programs = pl.num_programs(0), pl.num_programs(1)
+    of_share = pl.cdiv(groups * blocks, shares)
+    first, end = share * of_share, jnp.minimum((share + 1) * of_share, groups * blocks)
+    loop: Any = _unrolled if tile.held else jax.lax.fori_loop
 
-    def add_block(block: Array, z: Any) -> Any:
-        """The products of some channels of a group."""
-        g, f = jax.lax.div(block, blocks), jax.lax.rem(block, blocks)
-        real = _range(f, wide) < width
-        columns = g * width + _range(f, wide)
-        theirs = None
+    def read_matrix(e: Any, step: Any, block: Any) -> Array:
+        (tap, k), (g, f) = _unravel(step, (taps, chunks)), _unravel(block, (groups, blocks))
+        rows, columns = (pl.ds(i * n, n) for i, n in ((k, tile.deep), (f, tile.wide)))
+        return matrices[e, tap, g, rows, columns]
+
+    matrix_of = read_matrix
+    if tile.held:
+        held = [[read_matrix(e, step, first) for e in range(experts)] for step in range(steps)]
+        matrix_of = lambda e, step, _: held[step][e]  # noqa: E731
+
+    def multiply_rows(i: Any, _: None) -> None:
+        """The results of the program's i-th tile of positions."""
+        rows = _range(i * programs + program, tile.rows)
+        inside = rows < all_rows
+        chosen_here = None
+        if choice is not None and not reads.transposed:
+            chosen_here = _row_of_weights(choice, reads, rows, inside)
+
+        def add_block(block: Any, z: Any) -> Any:
+            """The products of some channels of a group."""
+            g, f = _unravel(block, (groups, blocks))
+            real = _range(f, tile.wide) < width
+            columns = g * width + _range(f, tile.wide)
+            theirs = None
+            if inner is not None:
+                theirs = load(other.at[rows[:, None], columns[None]], inside, real)
+
+            def add_step(step: Any, sums: Any) -> Any:
+                """What some channels of the source give under a tap."""
+                tap, k = _unravel(step, (taps, chunks))
+                read, exist = reads.rows(rows, tap)
+                exist &= inside
+                channels, here = _range(k, tile.deep), g * depth + _range(k, tile.deep)
+                ours = load(source.at[read[:, None], here[None]], exist, channels < depth)
+                chosen = chosen_here
+                if choice is not None and reads.transposed:
+                    chosen = _row_of_weights(choice, reads, read, exist)
+
+                def add_expert(e: Any, sums: Any) -> Any:
+                    total_of_block, z = sums
+                    matrix = matrix_of(e, step, block)
+
+                    def weighted(values: Any) -> Array:
+                        weight = triton.load(choice.weights.at[chosen, e], mask=exist, other=0)
+                        return weight.astype(values.dtype)[:, None] * values
+
+                    if inner is None:  # then what is weighted is read by the product from registers
+                        return total_of_block + dot(weighted(ours), matrix, precision), z
+                    product: Any = dot(ours, matrix, precision)
+                    if total is not None:
+                        total_of_block += weighted(product)
+                    z_e = (product * theirs.astype(product.dtype)).sum(axis=1)
+                    z += jnp.where(_columns(z) == e, z_e[:, None], 0)
+                    return total_of_block, z
+
+                return loop(0, experts, add_expert, sums)
+
+            zero = None if total is None else jnp.zeros((tile.rows, tile.wide), jnp.float32)
+            total_of_block, z = loop(0, steps, add_step, (zero, z))
+            if total is not None:
+                store(total.at[rows[:, None], columns[None]], total_of_block, inside, real)
+            return z
+
+        zero = None
         if inner is not None:
-            theirs = load(other.at[rows[:, None], columns[None]], inside, real).astype(jnp.float32)
+            zero = jnp.zeros((tile.rows, pl.next_power_of_2(experts)), jnp.float32)
+        # A program that holds its matrices has one block; its loop over positions, with no other
+        # inside, is one that Triton reads ahead for.
+        z = add_block(first, zero) if tile.held else jax.lax.fori_loop(first, end, add_block, zero)
+        if inner is not None:
+            real = jnp.arange(z.shape[1], dtype=jnp.int32) < experts
+            store(inner.at[share, rows[:, None], _columns(z)], z, inside, real)
 
-        def add_step(step: Array, sums: Any) -> Any:
-            """What some channels of the source give under a tap."""
-            tap, k = jax.lax.div(step, chunks), jax.lax.rem(step, chunks)
-            read, exist = reads.rows(rows, tap)
-            exist &= inside
-            channels, here = _range(k, deep), g * depth + _range(k, deep)
-            ours = load(source.at[read[:, None], here[None]], exist, channels < depth)
-            chosen = chosen_here
-            if choice is not None and reads.transposed:
-                chosen = _row_of_weights(choice, reads, read, exist)
-
-            def add_expert(e: Array, sums: Any) -> Any:
-                total_of_block, z = sums
-                matrix = matrices[e, tap, g, pl.ds(k * deep, deep), pl.ds(f * wide, wide)]
-
-                def weighted(values: Any) -> Array:
-                    weight = triton.load(choice.weights.at[chosen, e], mask=exist, other=0)
-                    return weight.astype(values.dtype)[:, None] * values
-
-                if inner is None:  # then what is weighted is read by the product from registers
-                    return total_of_block + dot(weighted(ours), matrix, precision), z
-                product: Any = dot(ours, matrix, precision)
-                if total is not None:
-                    total_of_block += weighted(product)
-                z_e = (product * theirs).sum(axis=1)
-                z += jnp.where(_columns(z) == e, z_e[:, None], 0)
-                return total_of_block, z
-
-            return jax.lax.fori_loop(0, experts, add_expert, sums)
-
-        zero = None if total is None else jnp.zeros((tile.rows, wide), jnp.float32)
-        total_of_block, z = jax.lax.fori_loop(0, taps * chunks, add_step, (zero, z))
-        if total is not None:
-            store(total.at[rows[:, None], columns[None]], total_of_block, inside, real)
-        return z
-
-    zero = None
-    if inner is not None:
-        zero = jnp.zeros((tile.rows, pl.next_power_of_2(experts)), jnp.float32)
-    share, of_share = pl.program_id(0), pl.cdiv(groups * blocks, pl.num_programs(0))
-    end = jnp.minimum((share + 1) * of_share, groups * blocks)
-    z = jax.lax.fori_loop(share * of_share, end, add_block, zero)
-    if inner is not None:
-        columns = jnp.arange(z.shape[1], dtype=jnp.int32)
-        store(inner.at[share, rows[:, None], columns[None]], z, inside, columns < experts)
+    if tile.held:
+        tiles = pl.cdiv(pl.cdiv(all_rows, tile.rows), programs)
+        jax.lax.fori_loop(0, tiles, multiply_rows, None)
+    else:
+        multiply_rows(0, None)
 
 
 def _bank_gradient(
@@ -345,20 +384,21 @@ def _bank_gradient(
     there are as many of those parts as give the GPU `_PROGRAMS` programs.
     """
     experts, taps, groups, depth, width = matrices.shape
-    tile = _tile(x.dtype, precision)
+    rows, channels = _tile_of_bank(x.dtype, precision)
     blocks = (
-        pl.cdiv(experts, tile.experts_of_bank),
+        pl.cdiv(experts, 4),  # four sums of 64x64 take 128 registers of each of 128 threads
         taps,
         groups,
-        pl.cdiv(depth, block_of(depth, tile.channels)),
-        pl.cdiv(width, block_of(width, tile.channels)),
+        pl.cdiv(depth, block_of(depth, channels)),
+        pl.cdiv(width, block_of(width, channels)),
     )
-    parts = min(pl.cdiv(_PROGRAMS, math.prod(blocks)), pl.cdiv(len(dy), tile.rows_of_bank))
+    parts = min(pl.cdiv(_PROGRAMS, math.prod(blocks)), pl.cdiv(len(dy), rows))
     sums = _call(
         functools.partial(_experts_bank_gradient_kernel, precision, reads, blocks),
         (math.prod(blocks), parts),
         (x, dy, choice),
         struct((parts, *matrices.shape), jnp.float32, x),
+        3,
         interpret,
     )
     return sums.sum(axis=0).astype(matrices.dtype)
@@ -374,15 +414,15 @@ def _experts_bank_gradient_kernel(
     sums: Any,
 ) -> None:
     experts, _, _, depth, width = sums.shape[1:]
-    tile = _tile(x.dtype, precision)
-    deep, wide = block_of(depth, tile.channels), block_of(width, tile.channels)
+    rows_of_tile, most = _tile_of_bank(x.dtype, precision)
+    deep, wide = block_of(depth, most), block_of(width, most)
     (some, tap, g, k, f), part = _unravel(pl.program_id(0), blocks), pl.program_id(1)
     channels, columns = _range(k, deep), _range(f, wide)
     of_program = pl.cdiv(experts, blocks[0])
     ours = [some * of_program + i for i in range(of_program)]
 
     def add_rows(i: Array, totals: list[Array]) -> list[Array]:
-        rows = _range(i, tile.rows_of_bank)
+        rows = _range(i, rows_of_tile)
         inside = rows < dy.shape[0]
         read, exist = reads.rows(rows, tap)
         exist &= inside
@@ -397,12 +437,17 @@ def _experts_bank_gradient_kernel(
         return [add(total, e) for total, e in zip(totals, ours, strict=True)]
 
     zeros = [jnp.zeros((deep, wide), jnp.float32) for _ in ours]
-    of_part = pl.cdiv(pl.cdiv(dy.shape[0], tile.rows_of_bank), sums.shape[0])
+    of_part = pl.cdiv(pl.cdiv(dy.shape[0], rows_of_tile), sums.shape[0])
     totals = jax.lax.fori_loop(part * of_part, (part + 1) * of_part, add_rows, zeros)
     for total, e in zip(totals, ours, strict=True):
         real = (channels < depth) & (e < experts)
         block = sums.at[part, e, tap, g, channels[:, None], columns[None]]
         store(block, total, real, columns < width)
+
+
+def _tile_of_bank(dtype: Any, precision: Any) -> tuple[int, int]:
+    """Positions and channels of which the bank's gradient sums products at once."""
+    return (32, 32) if _is_exact(dtype, precision) else (64, 64)
 
 
 def _row_of_weights(choice: Any, reads: _Reads, rows: Array, inside: Array) -> Array:
@@ -423,19 +468,21 @@ def _row_of_weights(choice: Any, reads: _Reads, rows: Array, inside: Array) -> A
 
 
 def _padded(
-    matrices: Float[Array, "n taps groups depth width"], most: int
+    matrices: Float[Array, "n taps groups depth width"], deep: int, wide: int
 ) -> Float[Array, "n taps groups padded_depth padded_width"]:
     """With zeros up to whole blocks, which are read without masks: a bank is small."""
-    ends = [(0, -length % block_of(length, most)) for length in matrices.shape[-2:]]
+    ends = [(0, -n % block) for n, block in zip(matrices.shape[-2:], (deep, wide), strict=True)]
     return jnp.pad(matrices, [(0, 0)] * 3 + ends)
 
 
-def _call(kernel: Any, grid: tuple[int, ...], arrays: Any, results: Any, interpret: bool) -> Any:
+def _call(
+    kernel: Any, grid: tuple[int, ...], arrays: Any, results: Any, stages: int, interpret: bool
+) -> Any:
     return pl.pallas_call(
         kernel,
         out_shape=results,
         grid=grid,
-        compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
         interpret=interpret,
     )(*arrays)
 
@@ -452,6 +499,16 @@ def _unravel(number: Any, shape: tuple[int, ...]) -> list[Any]:
     """The index of an entry, in row-major order."""
     index = []
     for length in reversed(shape):
-        index.append(jax.lax.rem(number, length))
-        number = jax.lax.div(number, length)
+        if isinstance(number, int):
+            number, at = divmod(number, length)
+        else:
+            number, at = jax.lax.div(number, length), jax.lax.rem(number, length)
+        index.append(at)
     return index[::-1]
+
+
+def _unrolled(start: int, stop: int, body: Any, carry: Any) -> Any:
+    """As `jax.lax.fori_loop`, with a copy of the body for every number."""
+    for i in range(start, stop):
+        carry = body(i, carry)
+    return carry
