@@ -9,9 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# JAX 0.12 deprecates Pallas' way to Triton.
-HAS_TRITON = jax.__version_info__ < (0, 12)
-
 
 def interpreted_on_cpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel`, which takes `interpret`, compiled for accelerators; slow on a CPU, for tests."""
@@ -35,4 +32,4 @@ def interpreted_on_cpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
 def check_dtype(x: Any) -> None:
     """Raises NotImplementedError where x is in neither float32 nor bfloat16."""
     if x.dtype not in (jnp.float32, jnp.bfloat16):
-        raise NotImplementedError(f"does not do {x.dtype}")
+        raise NotImplementedError(f"does not compute in {x.dtype}")

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
-from drconv_jax.region_conv.pallas import HAS_TRITON, check_dtype, interpreted_on_cpu
+from drconv_jax.region_conv.pallas import check_dtype, interpreted_on_cpu
 from drconv_jax.region_conv.products import Products
 from drconv_jax.region_conv.spec import ConvSpec
+from drconv_jax.region_conv.triton_blocks import (
+    block_of,
+    check_triton,
+    dot,
+    load,
+    span,
+    store,
+    struct,
+    triton,
+)
 
 _POSITIONS = 64
-_CHANNELS = 64
 
 
 def multiply(
@@ -31,8 +38,8 @@ def multiply(
     """y[p] = patches[p] @ matrices[index[p]] in every group."""
     batch, positions, groups, _ = patches.shape
     features = matrices.shape[-1]
-    y = _struct((batch, positions, groups, features), patches.dtype, patches)
-    grid = (batch, groups, pl.cdiv(positions, _POSITIONS), pl.cdiv(features, _block(features)))
+    y = struct((batch, positions, groups, features), patches.dtype, patches)
+    grid = (batch, groups, pl.cdiv(positions, _POSITIONS), pl.cdiv(features, block_of(features)))
     return _call(_forward_kernel, grid, (patches, matrices, index), y, precision, interpret)
 
 
@@ -40,27 +47,27 @@ def _forward_kernel(precision: Any, x: Any, matrices: Any, index: Any, y: Any) -
     """A block of positions by features: x W over the regions present among the positions."""
     b, g, tile, f = (pl.program_id(axis) for axis in range(4))
     regions, _, rows, features = matrices.shape[1:]
-    at, inside = _span(tile, _POSITIONS, x.shape[1])
-    columns, real_columns = _span(f, _block(features), features)
+    at, inside = span(tile, _POSITIONS, x.shape[1])
+    columns, real_columns = span(f, block_of(features), features)
     chosen = triton.load(index.at[b, at], mask=inside, other=-1)
 
     def add_region(j: Array, total: Array) -> Array:
         own = chosen == j
 
         def add_rows(k: Array, total: Array) -> Array:
-            channels, real = _span(k, _block(rows), rows)
-            ours = _load(x.at[b, at, g, channels], own, real)
-            matrix = _load(matrices.at[b, j, g, channels, columns], real, real_columns)
-            return total + _dot(ours, matrix, precision)
+            channels, real = span(k, block_of(rows), rows)
+            ours = load(x.at[b, at, g, channels], own, real)
+            matrix = load(matrices.at[b, j, g, channels, columns], real, real_columns)
+            return total + dot(ours, matrix, precision)
 
         def add(total: Array) -> Array:
-            return jax.lax.fori_loop(0, pl.cdiv(rows, _block(rows)), add_rows, total)
+            return jax.lax.fori_loop(0, pl.cdiv(rows, block_of(rows)), add_rows, total)
 
         return jax.lax.cond(_any(own), add, lambda total: total, total)
 
-    zero = jnp.zeros((_POSITIONS, _block(features)), jnp.float32)
+    zero = jnp.zeros((_POSITIONS, block_of(features)), jnp.float32)
     total = jax.lax.fori_loop(0, regions, add_region, zero)
-    _store(y.at[b, at, g, columns], total, inside, real_columns)
+    store(y.at[b, at, g, columns], total, inside, real_columns)
 
 
 def multiply_backward(
@@ -85,18 +92,18 @@ def multiply_backward(
         (batch, pl.cdiv(positions, _POSITIONS), regions),
         arguments,
         (
-            _struct(patches.shape, patches.dtype, patches),
-            _struct((batch, regions, positions), jnp.float32, patches),
+            struct(patches.shape, patches.dtype, patches),
+            struct((batch, regions, positions), jnp.float32, patches),
         ),
         precision,
         interpret,
     )
-    blocks = (pl.cdiv(rows, _block(rows)), pl.cdiv(features, _block(features)))
+    blocks = (pl.cdiv(rows, block_of(rows)), pl.cdiv(features, block_of(features)))
     dmatrices = _call(
         _matrices_kernel,
         (batch, regions, groups, *blocks),
         (patches, index, dy),
-        _struct(matrices.shape, matrices.dtype, patches),
+        struct(matrices.shape, matrices.dtype, patches),
         precision,
         interpret,
     )
@@ -109,28 +116,28 @@ def _positions_kernel(
     """A block of positions and one region: dy W^T, its scores, and dx where it was chosen."""
     b, tile, j = (pl.program_id(axis) for axis in range(3))
     groups, rows, features = matrices.shape[2:]
-    at, inside = _span(tile, _POSITIONS, x.shape[1])
+    at, inside = span(tile, _POSITIONS, x.shape[1])
     own = triton.load(index.at[b, at], mask=inside, other=-1) == j
-    blocks = jnp.int32(pl.cdiv(rows, _block(rows)))
+    blocks = jnp.int32(pl.cdiv(rows, block_of(rows)))
 
     def add_block(block: Array, score: Array) -> Array:
         g, k = jax.lax.div(block, blocks), jax.lax.rem(block, blocks)
-        channels, real = _span(k, _block(rows), rows)
+        channels, real = span(k, block_of(rows), rows)
 
         def add_columns(f: Array, total: Array) -> Array:
-            columns, real_columns = _span(f, _block(features), features)
-            ours = _load(dy.at[b, at, g, columns], inside, real_columns)
-            matrix = _load(matrices.at[b, j, g, channels, columns], real, real_columns)
-            return total + _dot(ours, matrix.T, precision)
+            columns, real_columns = span(f, block_of(features), features)
+            ours = load(dy.at[b, at, g, columns], inside, real_columns)
+            matrix = load(matrices.at[b, j, g, channels, columns], real, real_columns)
+            return total + dot(ours, matrix.T, precision)
 
         product = jax.lax.fori_loop(
             0,
-            pl.cdiv(features, _block(features)),
+            pl.cdiv(features, block_of(features)),
             add_columns,
-            jnp.zeros((_POSITIONS, _block(rows)), jnp.float32),
+            jnp.zeros((_POSITIONS, block_of(rows)), jnp.float32),
         )
-        _store(dx.at[b, at, g, channels], product, own, real)
-        here = _load(x.at[b, at, g, channels], inside, real)
+        store(dx.at[b, at, g, channels], product, own, real)
+        here = load(x.at[b, at, g, channels], inside, real)
         return score + (product * here.astype(jnp.float32)).sum(axis=1)
 
     zero = jnp.zeros((_POSITIONS,), jnp.float32)
@@ -142,23 +149,23 @@ def _matrices_kernel(precision: Any, x: Any, index: Any, dy: Any, dmatrices: Any
     """A block of one region's filter: x^T dy over the positions that chose the region."""
     b, j, g, k, f = (pl.program_id(axis) for axis in range(5))
     rows, features = dmatrices.shape[-2:]
-    channels, real = _span(k, _block(rows), rows)
-    columns, real_columns = _span(f, _block(features), features)
+    channels, real = span(k, block_of(rows), rows)
+    columns, real_columns = span(f, block_of(features), features)
 
     def add_tile(tile: Array, total: Array) -> Array:
-        at, inside = _span(tile, _POSITIONS, x.shape[1])
+        at, inside = span(tile, _POSITIONS, x.shape[1])
         own = triton.load(index.at[b, at], mask=inside, other=-1) == j
 
         def add(total: Array) -> Array:
-            ours = _load(x.at[b, at, g, channels], own, real)
-            theirs = _load(dy.at[b, at, g, columns], own, real_columns)
-            return total + _dot(ours.T, theirs, precision)
+            ours = load(x.at[b, at, g, channels], own, real)
+            theirs = load(dy.at[b, at, g, columns], own, real_columns)
+            return total + dot(ours.T, theirs, precision)
 
         return jax.lax.cond(_any(own), add, lambda total: total, total)
 
-    zero = jnp.zeros((_block(rows), _block(features)), jnp.float32)
+    zero = jnp.zeros((block_of(rows), block_of(features)), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(x.shape[1], _POSITIONS), add_tile, zero)
-    _store(dmatrices.at[b, j, g, channels, columns], total, real, real_columns)
+    store(dmatrices.at[b, j, g, channels, columns], total, real, real_columns)
 
 
 def _call(
@@ -178,44 +185,14 @@ def _call(
     )(*arrays)
 
 
-def _struct(shape: tuple[int, ...], dtype: Any, like: Array) -> jax.ShapeDtypeStruct:
-    """A result that varies over the same axes of a `shard_map` as `like` does."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
-
-
-def _block(channels: int) -> int:
-    """How many channels a program takes at once: a power of two that a product can have."""
-    return min(_CHANNELS, max(16, 2 ** math.ceil(math.log2(channels))))
-
-
-def _span(block: Array, size: int, end: int) -> tuple[Any, Array]:
-    """The slice of a block, and which of its entries lie before `end`."""
-    return pl.ds(block * size, size), block * size + jnp.arange(size, dtype=jnp.int32) < end
-
-
-def _load(ref: Any, rows: Array, columns: Array) -> Array:
-    return triton.load(ref, mask=rows[:, None] & columns[None, :], other=0)
-
-
-def _store(ref: Any, values: Array, rows: Array, columns: Array) -> None:
-    triton.store(ref, values.astype(ref.dtype), mask=rows[:, None] & columns[None, :])
-
-
 def _any(mask: Array) -> Array:
     return mask.astype(jnp.int32).max() > 0
 
 
-def _dot(a: Array, b: Array, precision: Any) -> Array:
-    return jax.lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
-
-
 def _check(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     """See `spec.Implementation.supports`."""
+    check_triton()
     check_dtype(x)
-    if not HAS_TRITON:
-        raise NotImplementedError(
-            f"needs Pallas' way to Triton, which JAX {jax.__version__} deprecates"
-        )
 
 
 pallas_gpu = Products(interpreted_on_cpu(multiply), interpreted_on_cpu(multiply_backward), _check)
