@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Compares the native kernel's results on an emulated arm64 and on the instruction sets of x86-64.
+# Compares the native kernels' results on an emulated arm64 and on the instruction sets of x86-64.
 # On Debian: apt-get install g++-aarch64-linux-gnu qemu-user-static
 set -euo pipefail
-cd "$(dirname "$0")"
-include=$(python -c 'import jaxlib; print(jaxlib.__path__[0] + "/include")')
+cd "$(dirname "$0")/../.."
 folder=$(mktemp -d)
 trap 'rm -r "$folder"' EXIT
 
 build() { # compiler, name, options
-  "$1" -std=c++17 -O2 -ftree-vectorize -Wno-psabi -isystem "$include" "${@:3}" sanitize.cc -o "$folder/$2" -pthread
+  "$1" -std=c++17 -O2 -ftree-vectorize -Wno-psabi -I. "${@:3}" tests/native/sanitize.cc \
+    -o "$folder/$2" -pthread
 }
 
 build g++ avx512 # or the best that this processor has
@@ -17,4 +17,4 @@ build g++ baseline '-D__builtin_cpu_supports(name)=false'
 build aarch64-linux-gnu-g++ arm64 -static
 for name in avx512 avx2 baseline; do "$folder/$name" digests >"$folder/$name.txt"; done
 qemu-aarch64-static "$folder/arm64" digests >"$folder/arm64.txt"
-python compare_digests.py "$folder"/{avx512,avx2,baseline,arm64}.txt
+python3 tests/native/compare_digests.py "$folder"/{avx512,avx2,baseline,arm64}.txt

@@ -1,22 +1,37 @@
-// Runs the native kernel over many drawn shapes, in arrays of the exact size, with guide features
-// of random bytes, on one thread and on four. Built with a sanitizer it fails at any access out of
-// bounds and any race; by itself it fails where a result depends on the number of threads. With
-// INCLUDE=$(python -c 'import jaxlib; print(jaxlib.__path__[0] + "/include")'):
+// Runs the native kernels over many drawn shapes, in arrays of the exact size, with guide features
+// of random bytes, on one thread and on four. Built with a sanitizer (sanitize.sh) it fails at any
+// access out of bounds and any race; by itself it fails where a result depends on the number of
+// threads.
 //
-//   for s in address,undefined thread; do
-//     g++ -std=c++17 -O1 -g -Wno-psabi -fsanitize=$s -isystem $INCLUDE tests/native/sanitize.cc -o sanitize -pthread && ./sanitize
-//   done
-//
-// With an argument it prints digests of all results, to compare processors: tests/native/arm64.sh
-// runs it on an emulated arm64 and on x86-64's baseline, AVX2 and AVX-512, and compares.
+//   sanitize [rounds]
+//   sanitize digests    prints digests of all results, to compare processors (arm64.sh)
 
-#include "../../drconv_jax/region_conv/cpu.cc"
-
+#include <array>
+#include <cmath>
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
+#include <memory>
 #include <random>
+#include <string>
 #include <thread>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+#include <vector>
 
+#include "drconv_jax/native/memory.h"
+#include "drconv_jax/native/values.h"
+#include "drconv_jax/native/workers.h"
+#include "drconv_jax/region_conv/cpu/backward.h"
+#include "drconv_jax/region_conv/cpu/forward.h"
+#include "drconv_jax/region_conv/cpu/mixed.h"
+#include "drconv_jax/region_conv/cpu/mixing.h"
+#include "drconv_jax/region_conv/cpu/regions.h"
+#include "drconv_jax/region_conv/cpu/shape.h"
+
+namespace drconv {
 namespace {
 
 std::mt19937 random_bits(0);
@@ -96,7 +111,7 @@ void SameOnAnyThreads(const char* what, const Once& once) {
 
 Shape DrawShape() {
   Shape s{};
-  s.batch = Draw(0, 9) ? Draw(1, 6) : 0;
+  s.batch = Draw(1, 6);
   s.groups = Draw(1, 3);
   s.in_per_group = Draw(1, 70);
   s.features_per_group = Draw(1, 70);
@@ -119,116 +134,111 @@ Shape DrawShape() {
   return s;
 }
 
-// Guide features of random bytes.
-template <typename G>
-class Guide {
- public:
-  Guide(const Shape& s, XLA_FFI_DataType type)
-      : dims_{s.batch, s.out[0], s.out[1], s.out[2], s.regions},
-        values_(Values<G>::Bytes(s.batch * s.positions * s.regions)),
-        buffer_{XLA_FFI_Buffer_STRUCT_SIZE, nullptr, type, values_.get(), 5, dims_.data()} {}
-  Guide(const Guide&) = delete;
-  ffi::AnyBuffer buffer() const { return ffi::AnyBuffer(&buffer_); }
-
- private:
-  std::array<int64_t, 5> dims_;
-  Values<G> values_;
-  XLA_FFI_Buffer buffer_;
-};
-
 template <typename S, typename T, typename G>
-void RegionConvolution(XLA_FFI_DataType guide_type) {
+void RegionConvolution() {
   const Shape s = DrawShape();
   const auto x = Values<S>::Numbers(s.batch * s.in_positions * s.in);
   const auto filters = Values<S>::Numbers(s.batch * s.regions * s.filter_size());
   const auto dy = Values<S>::Numbers(s.batch * s.positions * s.features);
-  const Guide<G> guide(s, guide_type);
+  const auto guide = Values<G>::Bytes(s.batch * s.positions * s.regions);
   SameOnAnyThreads("region_conv", [&](Workers& workers) {
     Values<S> y(dy.size), dx(x.size), dfilters(filters.size);
-    Values<T> scores(s.batch * s.positions * s.regions);
-    Forward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get());
-    Backward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get(), dy.get(), dx.get(),
-                   dfilters.get(), scores.get());
+    Values<T> scores(guide.size);
+    Forward<S, T>(s, workers, x.get(), filters.get(), guide.data.get(), y.get());
+    Backward<S, T>(s, workers, x.get(), filters.get(), guide.data.get(), y.get(), dy.get(),
+                   dx.get(), dfilters.get(), scores.get());
     return std::make_tuple(std::move(y), std::move(dx), std::move(dfilters), std::move(scores));
   });
 }
 
-template <typename S, typename T>
+// Rows of any size, as no region convolution asks for them.
+template <typename T>
 void Mixing() {
-  const MixShape s{Draw(0, 5), Draw(1, 9), Draw(1, 9), Draw(1, 17), Draw(1, 900)};
-  const auto weights = Values<S>::Numbers(s.rows() * s.regions * s.n);
-  const auto bank = Values<S>::Numbers(s.regions * s.n * s.size);
-  const auto bias = Values<S>::Numbers(s.regions * s.size);
-  const auto dfilters = Values<S>::Numbers(s.rows() * s.regions * s.size);
+  const int64_t regions = Draw(1, 9);
+  const MixShape s{Draw(1, 5),  regions, Draw(1, 9), Draw(1, 17), Draw(0, 1) ? regions : 1,
+                   Draw(1, 900)};
+  const auto weights = Values<T>::Numbers(s.rows() * s.n);
+  const auto bank = Values<T>::Numbers(s.banks * s.n * s.size);
+  const auto bias = Values<T>::Numbers(s.banks * s.size);
+  const auto dfilters = Values<T>::Numbers(s.rows() * s.size);
   SameOnAnyThreads("mixing", [&](Workers& workers) {
-    Values<S> filters(dfilters.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
-    Mix<S, T>(s, workers, weights.get(), bank.get(), bias.get(), filters.get());
-    MixBackward<S, T>(s, workers, weights.get(), bank.get(), dfilters.get(), dweights.get(),
-                      dbank.get(), dbias.get());
+    Values<T> filters(dfilters.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
+    Mix(s, workers, weights.data.get(), bank.data.get(), bias.data.get(), filters.data.get());
+    MixGradients(s, workers, weights.data.get(), bank.data.get(), dfilters.data.get(),
+                 dweights.data.get(), dbank.data.get(), dbias.data.get(), false);
     return std::make_tuple(std::move(filters), std::move(dweights), std::move(dbank),
                            std::move(dbias));
   });
 }
 
-// Filters that are mixed on the way, from one bank for all regions or one for each. Where they are not
-// rounded in between, results are those of mixing and convolving in turn.
+// Filters that are mixed on the way, whole or tap by tap, from one bank or one for every region.
+// Where they are not rounded in between, results are those of mixing and convolving in turn.
 template <typename S, typename T, typename G>
-void MixedRegionConvolution(XLA_FFI_DataType guide_type) {
+void MixedRegionConvolution() {
   const Shape s = DrawShape();
-  const int64_t n = Draw(1, Draw(0, 1) ? 3 : 17), per_tap = s.in_per_group * s.features;
-  const MixShape mixture = Draw(0, 1) ? MixShape{s.batch, s.regions, 1, n, s.filter_size()}
-                                      : MixShape{s.batch, s.taps, s.regions, n, per_tap};
+  const int64_t taps = Draw(0, 1) ? s.taps : 1;
+  const MixShape m{s.batch,
+                   s.regions,
+                   taps,
+                   Draw(1, Draw(0, 1) ? 3 : 17),
+                   Draw(0, 1) ? s.regions : 1,
+                   s.filter_size() / taps};
   const auto x = Values<S>::Numbers(s.batch * s.in_positions * s.in);
-  const auto weights = Values<S>::Numbers(mixture.rows() * mixture.regions * n);
-  const auto bank = Values<S>::Numbers(mixture.regions * n * mixture.size);
-  const auto bias = Values<S>::Numbers(mixture.regions * mixture.size);
+  const auto weights = Values<S>::Numbers(m.rows() * m.n);
+  const auto bank = Values<S>::Numbers(m.banks * m.n * m.size);
+  const auto bias = Values<S>::Numbers(m.banks * m.size);
   const auto dy = Values<S>::Numbers(s.batch * s.positions * s.features);
-  const Guide<G> guide(s, guide_type);
-  const auto once = [&](Workers& workers, bool in_turn) {
+  const auto guide = Values<G>::Bytes(s.batch * s.positions * s.regions);
+  const auto once = [&](Workers& workers) {
     Values<S> y(dy.size), dx(x.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
-    Values<T> scores(s.batch * s.positions * s.regions);
-    if (in_turn) {
-      Values<S> filters(s.batch * s.regions * s.filter_size()), dfilters(filters.size);
-      Mix<S, T>(mixture, workers, weights.get(), bank.get(), bias.get(), filters.get());
-      Forward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get());
-      Backward<S, T>(s, workers, x.get(), filters.get(), guide.buffer(), y.get(), dy.get(),
-                     dx.get(), dfilters.get(), scores.get());
-      MixBackward<S, T>(mixture, workers, weights.get(), bank.get(), dfilters.get(),
-                        dweights.get(), dbank.get(), dbias.get());
-    } else {
-      MixedForward<S, T>(s, mixture, workers, x.get(), weights.get(), bank.get(), bias.get(),
-                         guide.buffer(), y.get());
-      const int64_t at_once = std::min(s.batch, 1 + workers.threads());
-      Values<T> scratch(2 * at_once * s.regions * s.filter_size());
-      MixedBackward<S, T>(s, mixture, workers, x.get(), weights.get(), bank.get(), bias.get(),
-                          guide.buffer(), y.get(), dy.get(), dx.get(), dweights.get(), dbank.get(),
-                          dbias.get(), scores.get(), at_once, scratch.data.get());
-    }
+    Values<T> scores(guide.size);
+    MixedForward<S, T>(s, m, workers, x.get(), weights.get(), bank.get(), bias.get(),
+                       guide.data.get(), y.get());
+    const int64_t at_once = std::min(s.batch, 1 + workers.threads());
+    Values<T> scratch(2 * at_once * s.regions * s.filter_size());
+    MixedBackward<S, T>(s, m, workers, x.get(), weights.get(), bank.get(), bias.get(),
+                        guide.data.get(), y.get(), dy.get(), dx.get(), dweights.get(), dbank.get(),
+                        dbias.get(), scores.get(), at_once, scratch.get());
     return std::make_tuple(std::move(y), std::move(dx), std::move(dweights), std::move(dbank),
                            std::move(dbias), std::move(scores));
   };
-  SameOnAnyThreads("mixed_region_conv", [&](Workers& workers) { return once(workers, false); });
-  Threads two(2);
-  if (!std::is_same_v<S, T> || once(two.workers, true) == once(two.workers, false)) return;
-  std::printf("mixed_region_conv is not what mixing and convolving in turn are\n");
-  std::exit(1);
+  SameOnAnyThreads("mixed_region_conv", once);
+  if constexpr (std::is_same_v<S, T>) {
+    Threads two(2);
+    Values<T> y(dy.size), dx(x.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
+    Values<T> scores(guide.size), filters(m.rows() * m.size), dfilters(filters.size);
+    Mix(m, two.workers, weights.data.get(), bank.data.get(), bias.data.get(), filters.data.get());
+    Forward<T, T>(s, two.workers, x.get(), filters.get(), guide.data.get(), y.get());
+    Backward<T, T>(s, two.workers, x.get(), filters.get(), guide.data.get(), y.get(), dy.get(),
+                   dx.get(), dfilters.get(), scores.get());
+    MixGradients(m, two.workers, weights.data.get(), bank.data.get(), dfilters.data.get(),
+                 dweights.data.get(), dbank.data.get(), dbias.data.get(), false);
+    if (once(two.workers) == std::tie(y, dx, dweights, dbank, dbias, scores)) return;
+    std::printf("mixed_region_conv is not what mixing and convolving in turn are\n");
+    std::exit(1);
+  }
+}
+
+void Run(int rounds) {
+  for (int round = 0; round < rounds; ++round) {
+    RegionConvolution<float, float, float>();
+    RegionConvolution<double, double, double>();
+    RegionConvolution<BFloat16, float, float>();
+    Mixing<float>();
+    Mixing<double>();
+    MixedRegionConvolution<float, float, float>();
+    MixedRegionConvolution<double, double, double>();
+    MixedRegionConvolution<BFloat16, float, float>();
+  }
 }
 
 }  // namespace
+}  // namespace drconv
 
-int main(int count, char**) {
-  print_digests = count > 1;
-  constexpr int kRounds = 100;
-  for (int round = 0; round < kRounds; ++round) {
-    RegionConvolution<float, float, float>(XLA_FFI_DataType_F32);
-    RegionConvolution<double, double, double>(XLA_FFI_DataType_F64);
-    RegionConvolution<BFloat16, float, float>(XLA_FFI_DataType_F32);
-    Mixing<float, float>();
-    Mixing<double, double>();
-    Mixing<BFloat16, float>();
-    MixedRegionConvolution<float, float, float>(XLA_FFI_DataType_F32);
-    MixedRegionConvolution<double, double, double>(XLA_FFI_DataType_F64);
-    MixedRegionConvolution<BFloat16, float, float>(XLA_FFI_DataType_F32);
-  }
-  if (!print_digests) std::printf("%d rounds: no fault found\n", kRounds);
+int main(int count, char** arguments) {
+  const std::string argument = count > 1 ? arguments[1] : "100";
+  drconv::print_digests = argument == "digests";
+  const int rounds = drconv::print_digests ? 100 : std::stoi(argument);
+  drconv::Run(rounds);
+  if (!drconv::print_digests) std::printf("%d rounds: no fault found\n", rounds);
 }

@@ -101,7 +101,7 @@ def _flattened(
     Float[Array, "bank_regions n size"],
     Float[Array, "bank_regions size"],
 ]:
-    """Weights, bank and bias with the kernel's taps, and what one row of weights mixes, in a row."""
+    """Weights, bank and bias, the taps of the kernel and the values of a filter merged."""
     weights, bank, bias = mixture
     batch, regions, *kernel, n = weights.shape
     bank_regions, size = bank.shape[0], math.prod(bank.shape[2:])
