@@ -27,7 +27,7 @@ from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.guide import softmax_vjp
-from drconv_jax.region_conv import cpu
+from drconv_jax.region_conv import cpu, experts_first, experts_first_gpu
 from drconv_jax.region_conv.blocked import blocked
 from drconv_jax.region_conv.cost_model import defaults
 from drconv_jax.region_conv.derivatives import with_gradient
@@ -65,9 +65,11 @@ IMPLEMENTATIONS: Mapping[str, Support] = {
     "reference": Support(reference, partitioned="no"),  # openxla/xla#47945
     "select": Support(select),
     "blocked": Support(blocked),
+    "experts_first": Support(experts_first),
     "cpu": Support(cpu, ("cpu",), exported=False, partitioned="given filters"),
     "pallas_tpu": Support(pallas_tpu, ("cpu", "tpu"), partitioned="no"),
     "pallas_gpu": Support(pallas_gpu, ("cpu", "cuda"), partitioned="no"),
+    "experts_first_gpu": Support(experts_first_gpu, ("cuda",), partitioned="no"),
 }
 
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,20 +30,19 @@ from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.spec import ConvSpec
 
 
-def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
+def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     """See `spec.Implementation.supports`."""
     del spec, x, guide_features
     if not isinstance(filters, Mixture):
-        raise NotImplementedError("it mixes outputs: it takes a Mixture, not filters.")
+        raise NotImplementedError("mixes outputs: it takes a Mixture, not filters")
     weights, bank, bias = filters
     if bank.shape[0] != 1 or (bias is not None and bias.shape[0] != 1):
         raise NotImplementedError(
-            f"it takes a bank that all regions share, not one for each of {weights.shape[1]} "
-            "regions."
+            f"takes a bank that all regions share, not one for each of {weights.shape[1]} regions"
         )
     if math.prod(weights.shape[2:-1]) != 1:
         raise NotImplementedError(
-            f"it takes weights that all taps share, not one for each of {weights.shape[2:-1]} taps."
+            f"takes weights that all taps share, not one for each of {weights.shape[2:-1]} taps"
         )
 
 
@@ -162,7 +162,7 @@ def _matrices(
 def _product(
     equation: str, a: Array, b: Array, precision: jax.lax.Precision | None
 ) -> Float[Array, ...]:
-    """An einsum with sums in float32 or wider, in which P, in its first term, stands for all axes of a position."""
+    """An einsum with sums in float32 or wider; its first letter, P, is all axes of a position."""
     positions = "bxyz"[: a.ndim + 1 - len(equation.split(",")[0])]
     wide = accumulator(a.dtype)
     multiply = functools.partial(

@@ -29,7 +29,15 @@ from drconv_jax.geometry import Window
 from drconv_jax.guide import region_index
 from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.spec import ConvSpec
-from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct, triton
+from drconv_jax.region_conv.triton_blocks import (
+    block_of,
+    check_triton,
+    dot,
+    load,
+    store,
+    struct,
+    triton,
+)
 
 # Per multiprocessor an H100 has 228 KiB of shared memory and 65536 registers, 255 for a thread.
 _HELD_BYTES = 80 * 1024  # so that two programs fit, with two buffers of positions each
@@ -74,27 +82,24 @@ def _is_exact(dtype: Any, precision: Any) -> bool:
     return jnp.dtype(dtype).itemsize == 4 and precision == jax.lax.Precision.HIGHEST
 
 
-def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
+def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     """See `Implementation.supports`."""
-    if triton is None:
-        raise NotImplementedError("it is made of Triton kernels through Pallas, which JAX lacks.")
+    check_triton()
     if not isinstance(filters, Mixture):
-        raise NotImplementedError("it takes mixtures of a bank, not filters that are given.")
+        raise NotImplementedError("takes mixtures of a bank, not filters that are given")
     weights, bank, bias = filters
     if bank.shape[0] != 1 or (bias is not None and bias.shape[0] != 1):
-        raise NotImplementedError("it takes a bank and a bias that all regions share.")
+        raise NotImplementedError("takes a bank and a bias that all regions share")
     if any(length != 1 for length in weights.shape[2:-1]):
-        raise NotImplementedError("it takes weights that all taps of the kernel share.")
+        raise NotImplementedError("takes weights that all taps of the kernel share")
     if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
-        raise NotImplementedError(f"it does float32, bfloat16 and float16, not {x.dtype}.")
+        raise NotImplementedError(f"does float32, bfloat16 and float16, not {x.dtype}")
     if guide_features.dtype == jnp.float64:
-        raise NotImplementedError("it compares guide features in float32, which float64 exceeds.")
+        raise NotImplementedError("compares guide features in float32, which float64 exceeds")
     if not all(isinstance(n, int) for n in (*x.shape, *guide_features.shape, *filters.shape)):
-        raise NotImplementedError("it is compiled for shapes that are numbers.")
+        raise NotImplementedError("is compiled for shapes that are numbers")
     if max(math.prod(x.shape[:-1]), math.prod(guide_features.shape[:-1])) >= 2**30:
-        raise NotImplementedError(
-            "it numbers the positions of the batch in 32 bits, fewer than 2^30."
-        )
+        raise NotImplementedError("numbers the positions of the batch in 32 bits, fewer than 2^30")
 
 
 def forward(
