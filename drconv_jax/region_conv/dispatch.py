@@ -49,7 +49,8 @@ class Support:
     Attributes:
       implementation: of it.
       platforms: names of XLA's platforms.
-      exported: whether a program that `jax.export` takes elsewhere may have it.
+      exported: whether a program that `jax.export` takes elsewhere may have it; what is not made
+        of XLA's operations only where it is named.
       partitioned: whether a program that XLA partitions among devices may have it. XLA must then
         know that samples are apart, or it would gather the batch on every device. "given filters":
         it may, with mixtures that are mixed beforehand.
@@ -57,7 +58,7 @@ class Support:
 
     implementation: Implementation
     platforms: tuple[str, ...] = ("cpu", "cuda", "rocm", "tpu")
-    exported: bool = True
+    exported: Literal["yes", "by name", "no"] = "yes"
     partitioned: Literal["yes", "given filters", "no"] = "yes"
 
 
@@ -66,10 +67,10 @@ IMPLEMENTATIONS: Mapping[str, Support] = {
     "select": Support(select),
     "blocked": Support(blocked),
     "experts_first": Support(experts_first),
-    "cpu": Support(cpu, ("cpu",), exported=False, partitioned="given filters"),
-    "pallas_tpu": Support(pallas_tpu, ("cpu", "tpu"), partitioned="no"),
-    "pallas_gpu": Support(pallas_gpu, ("cpu", "cuda"), partitioned="no"),
-    "experts_first_gpu": Support(experts_first_gpu, ("cuda",), partitioned="no"),
+    "cpu": Support(cpu, ("cpu",), exported="no", partitioned="given filters"),
+    "pallas_tpu": Support(pallas_tpu, ("cpu", "tpu"), "by name", "no"),
+    "pallas_gpu": Support(pallas_gpu, ("cpu", "cuda"), "by name", "no"),
+    "experts_first_gpu": Support(experts_first_gpu, ("cuda",), "by name", "no"),
 }
 
 
@@ -177,7 +178,7 @@ def _check_program(support: Support, program: Program | None) -> None:
     if program.platform not in support.platforms:
         where = " and ".join(support.platforms)
         raise NotImplementedError(f"runs on {where}, and this program is for {program.platform}")
-    if program.exported and not support.exported:
+    if program.exported and support.exported == "no":
         raise NotImplementedError("cannot be in a program that jax.export takes elsewhere")
     if program.partitioned and support.partitioned == "no":
         raise NotImplementedError(
@@ -283,7 +284,11 @@ def _compute(direction: Direction, call: _Call, program: Program, *args: Array) 
     x, *leaves = args[: 1 + call.filters.num_leaves]
     guide_features, *y_and_dy = args[1 + len(leaves) :]
     filters = jax.tree.unflatten(call.filters, leaves)
-    names = call.names or defaults(program.platform, x, filters, guide_features)
+    names = call.names
+    if not names:
+        names = defaults(program.platform, x, filters, guide_features)
+        if program.exported:
+            names = tuple(name for name in names if IMPLEMENTATIONS[name].exported == "yes")
     support, mixed_before = _choose(names, program, call.spec, x, filters, guide_features)
 
     def compute(*args: Any) -> list[Array]:
