@@ -1,10 +1,11 @@
 """Measures the region convolution, the layer and a network against what they replace.
 
 Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sweep over shapes, m,
-kernel sizes, dtypes and batches; `--suite gpu` has batches for an accelerator. PyTorch takes part
-where it is installed (pip install '.[compare]'), and bytes on a TPU are counted where its
-compiler is (pip install '.[tpu]'); beside it JAX_PLATFORMS=cpu keeps JAX from looking for
-a TPU. The run's folder gets results.json and results.md, renewed after every case, and plots.
+kernel sizes, dtypes and batches; `--suite gpu` has batches for a GPU, whose own time it measures,
+and ends within 5 minutes. PyTorch takes part where it is installed (pip install '.[compare]'), and
+layers are compiled for a TPU and a GPU that there need not be where their compilers are (pip
+install '.[tpu]' and '.[cuda]'); beside these, JAX_PLATFORMS=cpu keeps JAX from looking for devices.
+The run's folder gets results.json and results.md, renewed after every case, and plots.
 """
 
 from __future__ import annotations
@@ -33,8 +34,7 @@ from rich.progress import (
 from drconv_jax.region_conv import IMPLEMENTATIONS
 from experiments.runtime import commands, run_folder
 from experiments.runtime.errors import UserError
-from experiments.runtime.tpu import compiler_is_installed
-from experiments.speed import cases, contenders, measure, plots, report, tpu
+from experiments.speed import cases, compiled, contenders, measure, plots, report
 from experiments.speed.cases import Case
 from experiments.speed.results import Measured, Result, StepBytes
 
@@ -49,6 +49,8 @@ class Arguments:
     """Rounds, in each of which every contender of a case takes one turn."""
     select: str = ""
     """Only the cases whose label contains this, such as "op" or "14x14 116"."""
+    minutes: float | None = None
+    """No case is begun after so many minutes; default: 4 with --suite gpu, otherwise no limit."""
     implementation: str | None = None
     """Of the region convolution; None is the automatic choice."""
     guide: contenders.Guide = "random"
@@ -68,6 +70,8 @@ def run(arguments: Arguments) -> None:
     """Measures and reports."""
     if arguments.rounds < 1:
         raise UserError(f"--rounds must be at least 1, got {arguments.rounds}.")
+    if arguments.minutes is not None and not arguments.minutes > 0:
+        raise UserError(f"--minutes must be positive, got {arguments.minutes:g}.")
     if arguments.implementation not in (None, *IMPLEMENTATIONS):
         raise UserError(
             f"--implementation must be None or one of {', '.join(IMPLEMENTATIONS)}, got "
@@ -98,7 +102,9 @@ def _run_in(run_dir: pathlib.Path, arguments: Arguments, chosen: Sequence[Case])
 
 def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> Iterator[Measured]:
     """What is measured so far, after every case."""
-    timed = [case for case in chosen if case.level != "tpu"]
+    timed = [case for case in chosen if case.level != "compiled"]
+    minutes = arguments.minutes or (4.0 if arguments.suite == "gpu" else None)
+    end = time.monotonic() + 60 * minutes if minutes else float("inf")
     results: list[Result] = []
     step_bytes: list[StepBytes] = []
     peak: dict[cases.DType, float] = {}
@@ -108,12 +114,12 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
             "PyTorch is not installed (pip install '.[compare]'), or not for this device: it takes "
             "no part."
         )
-    on_tpu: list[tpu.Bytes] = []
+    programs: list[compiled.Compiled] = []
 
     def so_far(done: int) -> Measured:
         missing = [f"Only {done} of {len(chosen)} cases: the run ended before the others."]
         all_notes = notes + (missing if done < len(chosen) else [])
-        return Measured(results, peak, step_bytes, on_tpu, all_notes)
+        return Measured(results, peak, step_bytes, programs, all_notes)
 
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
@@ -123,6 +129,8 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
         # Compiling counts as much as the rounds.
         task = progress.add_task("", total=2 * arguments.rounds * len(timed) + len(chosen))
         for done, case in enumerate(timed, start=1):
+            if time.monotonic() > end:
+                return
             progress.update(task, description=case.label)
             if not console.is_terminal:
                 console.print(case.label, highlight=False)
@@ -134,10 +142,15 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
             progress.advance(task)
             yield so_far(done)
             gc.collect()
-        counted = [case for case in chosen if case.level == "tpu"]
-        for done, case in enumerate(counted, start=len(timed) + 1):
+        untimed = [case for case in chosen if case.level == "compiled"]
+        for done, case in enumerate(untimed, start=len(timed) + 1):
             progress.update(task, description=case.label)
-            on_tpu += _count_bytes(case, notes)
+            for target in compiled.TARGETS:
+                outcome = compiled.measure(case, arguments.implementation, target)
+                if not isinstance(outcome, str):
+                    programs += outcome
+                elif outcome not in notes:
+                    notes.append(outcome)
             progress.advance(task)
             yield so_far(done)
 
@@ -153,18 +166,6 @@ def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> l
         Result(case, c.name, c.regions, c.direction, c.standard, times, c.temporary_bytes)
         for c, times in zip(parties, seconds, strict=True)
     ]
-
-
-def _count_bytes(case: Case, notes: list[str]) -> list[tpu.Bytes]:
-    """By every implementation for TPUs, the best first; what fails is noted."""
-    if not compiler_is_installed():
-        note = "libtpu is not installed (pip install '.[tpu]'): no bytes for TPU."
-        if note not in notes:
-            notes.append(note)
-        return []
-    outcomes = [tpu.measure(case, name) for name in tpu.implementations()]
-    notes += [outcome for outcome in outcomes if isinstance(outcome, str)]
-    return [outcome for outcome in outcomes if isinstance(outcome, tpu.Bytes)]
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from typing import Literal
 
 from experiments.runtime.errors import UserError
 
-Level = Literal["op", "layer", "network", "tpu"]
+Level = Literal["op", "layer", "network", "compiled"]
 Suite = Literal["mark", "full", "gpu", "smoke"]
 DType = Literal["float32", "bfloat16"]
 ALL_REGIONS = (1, 2, 4, 8, 16, 32)
@@ -18,8 +18,8 @@ class Case:
     """One comparison: everything in it is timed in the same rounds.
 
     Attributes:
-      level: the region convolution alone, a whole layer, a network, or the region convolution's
-        bytes on a TPU, which takes a compiler and no clock.
+      level: the region convolution alone, a whole layer, a network, or what compilers for
+        accelerators say of a layer, which takes no clock.
       batch: samples.
       size: height and width of the input.
       in_features: channels of the input; 3 for a network.
@@ -27,7 +27,8 @@ class Case:
       kernel: taps a side.
       regions: each m that is timed.
       dtype: of the computation.
-      blocks: in the stages of a network.
+      blocks: in the stages of the small network that has no name.
+      network: its name in `drconv_jax.models.list_models()`; none is that small one.
     """
 
     level: Level
@@ -39,11 +40,13 @@ class Case:
     regions: tuple[int, ...] = (8,)
     dtype: DType = "float32"
     blocks: tuple[int, int, int] = (2, 2, 2)
+    network: str = ""
 
     @property
     def label(self) -> str:
         """The case in one line, what --select looks into."""
-        return f"{self.level} {self.shape_label} {self.dtype} m={','.join(map(str, self.regions))}"
+        level = " ".join(filter(None, (self.level, self.network)))
+        return f"{level} {self.shape_label} {self.dtype} m={','.join(map(str, self.regions))}"
 
     @property
     def shape_label(self) -> str:
@@ -64,7 +67,14 @@ class Case:
 SHAPES = ((32, 28, 58), (32, 14, 116), (8, 56, 128), (32, 56, 24), (32, 7, 232))
 KERNEL_3 = (4, 28, 64)
 TPU_SHAPES = ((128, 28, 58), (128, 14, 116), (128, 7, 232))
+GPU_SHAPES = ((512, 28, 58), (512, 14, 116), (512, 7, 232))
+GPU_KERNEL_3 = (512, 28, 64)
 NETWORK = Case("network", 32, 32, 3, 10)
+CPU_NETWORKS = tuple(
+    Case("network", 16, 224, 3, 1000, network=name)
+    for name in ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "mobilenet_v2_x1_0")
+)
+GPU_NETWORK = Case("network", 256, 224, 3, 1000, dtype="bfloat16", network="shufflenet_v2_x1_0")
 
 
 def square(level: Level, shape: tuple[int, int, int], kernel: int = 1, **fields: object) -> Case:
@@ -84,7 +94,15 @@ def _mark() -> list[Case]:
         *(square("layer", shape) for shape in SHAPES),
         square("layer", KERNEL_3, 3),
         NETWORK,
-        *(square("tpu", shape, dtype="bfloat16") for shape in TPU_SHAPES),
+        *CPU_NETWORKS,
+        *_compiled(),
+    ]
+
+
+def _compiled() -> list[Case]:
+    return [
+        *(square("compiled", shape, dtype="bfloat16") for shape in (*TPU_SHAPES, *GPU_SHAPES)),
+        square("compiled", GPU_KERNEL_3, 3, dtype="bfloat16"),
     ]
 
 
@@ -108,19 +126,16 @@ def _full() -> list[Case]:
 
 
 def _gpu() -> list[Case]:
-    levels: tuple[Level, ...] = ("op", "layer")
-    dtypes: tuple[DType, ...] = ("float32", "bfloat16")
-    shapes = tuple((128, size, channels) for _, size, channels in SHAPES)
+    layers = [
+        *(square("layer", shape, dtype="bfloat16") for shape in GPU_SHAPES),
+        square("layer", GPU_KERNEL_3, 3, dtype="bfloat16"),
+    ]
+    # The most important first: the command stops when its time is up.
     return [
-        *(
-            square(level, shape, kernel, dtype=dtype)
-            for dtype in dtypes
-            for level in levels
-            for kernel, group in ((1, shapes), (3, ((32, 28, 64),)))
-            for shape in group
-        ),
-        *(square("op", shapes[1], regions=ALL_REGIONS, dtype=dtype) for dtype in dtypes),
-        *(dataclasses.replace(NETWORK, batch=128, dtype=dtype) for dtype in dtypes),
+        *layers,
+        GPU_NETWORK,
+        *(dataclasses.replace(case, level="op") for case in layers),
+        *(dataclasses.replace(case, dtype="float32") for case in layers),
     ]
 
 

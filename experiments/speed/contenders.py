@@ -15,14 +15,15 @@ from flax import linen as nn
 from jaxtyping import Array
 
 from drconv_jax import DRConv
-from drconv_jax.models import ShuffleNetV2
+from drconv_jax.models import ShuffleNetV2, create_model
 from drconv_jax.region_conv import region_conv
 from experiments.speed.cases import Case
 from experiments.speed.measure import DIRECTIONS, Contender, Direction, compiled, temporary_bytes
 
 Guide = Literal["random", "blocky"]
-OURS = {"op": "region_conv", "layer": "DRConv", "network": "DR-ShuffleNetV2"}
+OURS = {"op": "region_conv", "layer": "DRConv", "network": "with DRConv"}
 TORCH_DRCONV = "PyTorch DRConv"
+TORCH_NETWORK = "PyTorch"
 
 _BLOCK = 7  # pixels a side over which a blocky guide is constant
 
@@ -85,6 +86,10 @@ def _layer(case: Case, implementation: str | None, guide: Guide) -> Iterator[Con
                 name, regions, layer.apply, params, x, direction=direction, dy=dy,
                 standard=name == "nn.Conv",
             )  # fmt: skip
+    if case.kernel == 1:
+        matrix = _scaled(2, (1, 1, case.in_features, case.features), case.dtype)[0, 0]
+        for direction in DIRECTIONS:
+            yield _in_direction("matmul", None, jnp.matmul, x, matrix, direction=direction, dy=dy)
     if torch_takes_part():
         from experiments.speed import torch_drconv
 
@@ -95,13 +100,9 @@ def _network(case: Case, implementation: str | None, guide: Guide) -> Iterator[C
     """Forward is inference; forward and backward is the training loss and its gradient."""
     x = noise(0, (case.batch, case.size, case.size, case.in_features), case.dtype, guide)
     labels = jnp.arange(case.batch) % case.features
-    drconv = functools.partial(DRConv, implementation=implementation)
-    convs: list[tuple[str, int | None, Any]] = [("ShuffleNetV2", None, nn.Conv)]
-    convs += [(OURS["network"], m, functools.partial(drconv, regions=m)) for m in case.regions]
-    for name, regions, conv in convs:
-        model = ShuffleNetV2(
-            case.features, 0.5, case.blocks, conv, stem_strides=(1, 2), dtype=jnp.dtype(case.dtype)
-        )
+    networks = [("plain", None, _plain_network(case))]
+    networks += [(OURS["network"], m, _dr_network(case, m, implementation)) for m in case.regions]
+    for name, regions, model in networks:
         variables = jax.jit(model.init)(jax.random.key(0), x)
         add = functools.partial(compiled, name, regions, standard=regions is None)
         yield add("forward", model.apply, variables, x)
@@ -116,6 +117,37 @@ def _network(case: Case, implementation: str | None, guide: Guide) -> Iterator[C
         params, stats = variables["params"], {"batch_stats": variables["batch_stats"]}
         step = jax.value_and_grad(loss, has_aux=True)
         yield add("forward+backward", step, params, stats, x)
+    if case.network and torch_takes_part():
+        from experiments.speed import torch_networks
+
+        network = torch_networks.create(case.network, case.features)
+        yield from torch_networks.contenders(
+            TORCH_NETWORK, network, np.asarray(x, np.float32), np.asarray(labels), case.dtype
+        )
+
+
+def _plain_network(case: Case) -> nn.Module:
+    if case.network:
+        return create_model(case.network, num_classes=case.features, dtype=jnp.dtype(case.dtype))
+    return _small_network(case, nn.Conv)
+
+
+def _dr_network(case: Case, regions: int, implementation: str | None) -> nn.Module:
+    conv = functools.partial(DRConv, regions=regions, implementation=implementation)
+    if case.network:
+        return create_model(
+            f"dr_{case.network}",
+            num_classes=case.features,
+            conv=conv,
+            dtype=jnp.dtype(case.dtype),
+        )
+    return _small_network(case, conv)
+
+
+def _small_network(case: Case, conv: Any) -> nn.Module:
+    return ShuffleNetV2(
+        case.features, 0.5, case.blocks, conv, stem_strides=(1, 2), dtype=jnp.dtype(case.dtype)
+    )
 
 
 def training_step_bytes(case: Case, implementation: str | None) -> tuple[int, int, int] | None:

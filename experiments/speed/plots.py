@@ -18,7 +18,7 @@ from experiments.speed.measure import DIRECTIONS, Direction
 from experiments.speed.results import Result, best_standard, ratio
 
 _COLOURS = {"forward": "#0072b2", "forward+backward": "#d55e00"}
-_TITLES = {"op": "Region convolution", "layer": "Whole layer", "network": "ShuffleNetV2 0.5"}
+_TITLES = {"op": "Region convolution", "layer": "Whole layer", "network": "Network"}
 
 
 def write(run_dir: pathlib.Path, results: Sequence[Result]) -> None:

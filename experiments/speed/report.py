@@ -18,22 +18,29 @@ from rich.table import Table
 
 from experiments.runtime.files import write_text
 from experiments.speed import mark
-from experiments.speed.results import Measured, Result, best_standard, fraction_of_peak, ratio
+from experiments.speed.measure import DEVICE_CALLS
+from experiments.speed.results import (
+    Measured,
+    Result,
+    best_standard,
+    fastest_anywhere,
+    fraction_of_peak,
+    ratio,
+)
 
 _RESULT_HEADS = (
-    "case", "contender", "m", "direction", "ms", "quartiles", "ratio", "quartiles", "of peak",
-    "temp MB",
+    "case", "contender", "m", "direction", "ms", "quartiles", "ratio", "quartiles", "to fastest",
+    "of peak", "temp MB",
 )  # fmt: skip
-_TPU_HEADS = (
-    *("TPU v5e", "implementation", "fused MB", "from arguments MB"),
-    *("conv MB", "filters MB", "guide MB", "ratio"),
+_COMPILED_HEADS = (
+    *("target", "layer", "direction", "DRConv MB", "nn.Conv MB", "ratio"),
+    *("temp MB", "temp / (x + dy)", "kernels", "nn.Conv's"),
 )
-_TPU_TEXT = (
-    "Bytes accessed by the compiled programs, by the compiler's account. `fused` is given its "
-    "filters in row-major order, in which a layer's program stores them for the kernel; `from "
-    "arguments`, in the order that the compiler gives to a program's arguments (the batch "
-    "innermost), from which it first copies them. The ratio is that of `fused` to convolution, "
-    "filters and guide."
+_COMPILED_TEXT = (
+    "What compilers for accelerators say, without one: bytes that the programs access (that for "
+    "GPUs does not tell), memory beside arguments and results, and how many kernels a GPU is told "
+    "to start, whose names are in results.json. Layers have their guides; forward+backward has the "
+    "gradients of the input and all parameters."
 )
 _MARK_HEADS = ("the mark", "mark", "measured", "quartiles", "met")
 
@@ -72,7 +79,10 @@ def as_json(measured: Measured, about: dict[str, Any]) -> str:
         "training_step_bytes": [
             dataclasses.asdict(s) | {"ratio": s.ratio} for s in measured.step_bytes
         ],
-        "tpu_bytes": [dataclasses.asdict(b) | {"ratio": b.ratio} for b in measured.tpu],
+        "compiled": [
+            dataclasses.asdict(c) | {"ratio": c.ratio, "temporary_ratio": c.temporary_ratio}
+            for c in measured.compiled
+        ],
         "mark": [dataclasses.asdict(row) | {"met": row.met} for row in mark.rows(measured)],
         "notes": list(measured.notes),
     }
@@ -91,10 +101,10 @@ def as_markdown(measured: Measured, about: dict[str, Any]) -> str:
     if marked := mark_cells(measured):
         sections.append("## The mark\n\n" + _markdown_table(_MARK_HEADS, marked))
     sections.append("## Times\n\n" + _markdown_table(_RESULT_HEADS, result_cells(measured)))
-    if measured.tpu:
+    if measured.compiled:
         sections.append(
-            f"## TPU v5e, bytes\n\n{_TPU_TEXT}\n\n"
-            + _markdown_table(_TPU_HEADS, tpu_cells(measured))
+            f"## Compiled for accelerators\n\n{_COMPILED_TEXT}\n\n"
+            + _markdown_table(_COMPILED_HEADS, compiled_cells(measured))
         )
     if measured.step_bytes:
         heads = ("case", "DRConv MB", "nn.Conv MB", "filters MB", "ratio")
@@ -111,8 +121,8 @@ def as_markdown(measured: Measured, about: dict[str, Any]) -> str:
 def show(console: Console, measured: Measured) -> None:
     """The tables on the terminal."""
     console.print(_rich_table(_RESULT_HEADS, result_cells(measured)))
-    if measured.tpu:
-        console.print(_rich_table(_TPU_HEADS, tpu_cells(measured)))
+    if measured.compiled:
+        console.print(_rich_table(_COMPILED_HEADS, compiled_cells(measured)))
     if marked := mark_cells(measured):
         console.print(_rich_table(_MARK_HEADS, marked))
     for note in measured.notes:
@@ -130,7 +140,7 @@ def mark_cells(measured: Measured) -> list[list[str]]:
         met = {True: "met", False: "not met", None: "open"}[row.met]
         value, spread = "", ""
         if row.measured is not None:
-            value = f"{'at least ' if row.uncertain else ''}{row.measured.value:.2f}"
+            value = f"{row.measured.value:.2f}"
             if row.measured.low != row.measured.high:
                 spread = f"{row.measured.low:.2f} to {row.measured.high:.2f}"
         cells.append([row.what, f"{sign} {row.limit:g}", value, spread, met])
@@ -142,27 +152,31 @@ def result_cells(measured: Measured) -> list[list[str]]:
     return [_result_row(measured, result) for result in measured.results]
 
 
-def tpu_cells(measured: Measured) -> list[list[str]]:
-    """One row for each shape and implementation."""
+def compiled_cells(measured: Measured) -> list[list[str]]:
+    """One row for each target, layer and direction."""
     return [
         [
-            b.case.label,
-            b.implementation,
-            *(("at least " if b.is_lower_bound else "") + _mega(v) for v in (b.fused, b.relaid)),
-            *(_mega(v) for v in (b.convolution, b.filters, b.guide)),
-            f"{b.ratio:.2f}",
+            c.target,
+            f"{c.case.shape_label} {c.case.dtype}",
+            c.direction,
+            *("" if v is None else _mega(v) for v in (c.ours, c.standard)),
+            "" if c.ratio is None else f"{c.ratio:.2f}",
+            _mega(c.temporary),
+            f"{c.temporary_ratio:.2f}",
+            *(str(len(names) or "") for names in (c.kernels, c.standard_kernels)),
         ]
-        for b in measured.tpu
+        for c in measured.compiled
     ]
 
 
 def _result_row(measured: Measured, r: Result) -> list[str]:
     standard = best_standard(measured.results, r.case, r.direction) or r
     relative = ratio(r, standard)
+    fastest = fastest_anywhere(measured.results, r.case, r.direction) or r
     low, high = r.quartiles
     fraction = fraction_of_peak(r, measured.peak)
     return [
-        f"{r.case.level} {r.case.shape_label} {r.case.dtype}",
+        " ".join(filter(None, (r.case.level, r.case.network, r.case.shape_label, r.case.dtype))),
         r.contender,
         "" if r.regions is None else str(r.regions),
         r.direction,
@@ -170,6 +184,7 @@ def _result_row(measured: Measured, r: Result) -> list[str]:
         f"{_milli(low)} to {_milli(high)}",
         f"{relative.value:.2f}",
         f"{relative.low:.2f} to {relative.high:.2f}",
+        f"{r.median / fastest.median:.2f}",
         "" if fraction is None else f"{fraction:.0%}",
         "" if r.temporary_bytes is None else _mega(r.temporary_bytes),
     ]
@@ -185,7 +200,10 @@ def _legend(measured: Measured, guide: str) -> str:
         "Medians over rounds in which every contender takes one turn (the median of up to five "
         "warm calls), in an order drawn anew; a slow one sits out the last rounds. A ratio is that "
         "of the medians to the case's best standard operation (the faster of convolution and "
-        "matrix product; nn.Conv for layers), its quartiles those of the rounds' own ratios. "
+        "matrix product; nn.Conv for layers, the plain network for networks), its quartiles those "
+        "of the rounds' own ratios; `to fastest` is that to the fastest standard operation on this "
+        "machine, PyTorch's and a plain matrix product among them. On an accelerator, a contender is "
+        f"{DEVICE_CALLS} calls in one program, each waiting for the last. "
         f"Guide features of the region convolution are {features[guide]}. Forward+backward takes "
         "all gradients; for a network, those of the training loss for the parameters, and its "
         "forward is inference. DRConv mixes filters as it does by default; the PyTorch DRConv, as "

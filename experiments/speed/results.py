@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from experiments.speed.cases import Case, DType
+from experiments.speed.compiled import Compiled
 from experiments.speed.measure import Direction
-from experiments.speed.tpu import Bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Measured:
     results: Sequence[Result]
     peak: Mapping[DType, float]
     step_bytes: Sequence[StepBytes]
-    tpu: Sequence[Bytes]
+    compiled: Sequence[Compiled]
     notes: Sequence[str]
 
 
@@ -79,7 +79,7 @@ def ratio(of: Result, to: Result) -> Ratio:
 
 
 def find(
-    results: Sequence[Result], case: Case, name: str, regions: int, direction: Direction
+    results: Sequence[Result], case: Case, name: str, regions: int | None, direction: Direction
 ) -> Result | None:
     """The result of that contender, if it was measured."""
     for r in results:
@@ -89,8 +89,14 @@ def find(
 
 
 def best_standard(results: Sequence[Result], case: Case, direction: Direction) -> Result | None:
-    """The fastest standard operation of a case, by its median."""
+    """JAX's fastest standard operation of a case, by its median."""
     found = [r for r in results if r.standard and (r.case, r.direction) == (case, direction)]
+    return min(found, key=lambda r: r.median, default=None)
+
+
+def fastest_anywhere(results: Sequence[Result], case: Case, direction: Direction) -> Result | None:
+    """The fastest standard operation of a case on this machine, PyTorch's among them."""
+    found = [r for r in results if r.regions is None and (r.case, r.direction) == (case, direction)]
     return min(found, key=lambda r: r.median, default=None)
 
 

@@ -6,7 +6,7 @@ Parameters have the names of shallowtoil/DRConv-PyTorch, so `drconv_jax.interop`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from experiments.speed.cases import Case
-from experiments.speed.measure import Contender
+from experiments.speed.measure import DEVICE_CALLS, Contender, Direction
 
 
 class _Select(torch.autograd.Function):
@@ -96,18 +96,27 @@ def _both_directions(
     variables = [x, *module.parameters()]
     dy = torch.randn_like(module(x))
 
-    def wait() -> None:
-        if x.is_cuda:
-            torch.cuda.synchronize()
-
     def forward() -> None:
         with torch.no_grad():
             module(x)
-        wait()
 
     def forward_backward() -> None:
         torch.autograd.grad(module(x), variables, dy)
-        wait()
 
-    yield Contender(name, regions, "forward", forward)
-    yield Contender(name, regions, "forward+backward", forward_backward)
+    yield contender(name, regions, "forward", forward)
+    yield contender(name, regions, "forward+backward", forward_backward)
+
+
+def contender(
+    name: str, regions: int | None, direction: Direction, call: Callable[[], None]
+) -> Contender:
+    """One that calls PyTorch: on a GPU often, so that it waits for the last call alone."""
+    if not torch.cuda.is_available():
+        return Contender(name, regions, direction, call)
+
+    def run() -> None:
+        for _ in range(DEVICE_CALLS):
+            call()
+        torch.cuda.synchronize()
+
+    return Contender(name, regions, direction, run, calls=DEVICE_CALLS)
