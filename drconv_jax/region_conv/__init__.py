@@ -45,15 +45,18 @@ def region_conv(
 
     Args:
       x: the input, channels last, with 1, 2 or 3 spatial dimensions.
-      filters: m filters for every sample, in the dtype of x.
+      filters: m filters for every sample, in the dtype of x, or a mixture of them, which need not
+        be mixed to be used.
       guide_features: one logit per region at every position of the output.
       strides, padding, input_dilation, kernel_dilation, feature_group_count, precision: as in
         `flax.linen.Conv`.
       implementation: a name, or names to try in turn (one that does not do what is asked passes
-        it on to the next), or None to choose by platform. "reference" is the definition; "select"
-        is products and a select, for converters to other formats; "blocked" is pure XLA and runs
-        everywhere; "cpu" is a native kernel for CPUs, None's choice there;
-        "pallas" is made of fused kernels for TPU and GPU, interpreted (slowly) on a CPU.
+        it on to the next), or None to choose by platform (`region_conv.cost_model`).
+        "reference" is the definition. "select" is products and a select, for converters to other
+        formats. "blocked" is pure XLA and takes everything. "cpu" is made of native kernels.
+        "experts_first" is pure XLA, for mixtures of a bank that all regions share, and
+        "experts_first_gpu" the same in kernels for GPUs. "pallas_tpu" and "pallas_gpu" are kernels
+        for filters that are mixed already, which a CPU interprets, slowly.
 
     Returns:
       The output in the dtype of x; on a mesh with Explicit axes, sharded along the batch as x is.

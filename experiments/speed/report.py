@@ -202,7 +202,7 @@ def _legend(measured: Measured, guide: str) -> str:
         "of the medians to the case's best standard operation (the faster of convolution and "
         "matrix product; nn.Conv for layers, the plain network for networks), its quartiles those "
         "of the rounds' own ratios; `to fastest` is that to the fastest standard operation on this "
-        "machine, PyTorch's and a plain matrix product among them. On an accelerator, a contender is "
+        "machine, a product and PyTorch's among them. On an accelerator, a contender is "
         f"{DEVICE_CALLS} calls in one program, each waiting for the last. "
         f"Guide features of the region convolution are {features[guide]}. Forward+backward takes "
         "all gradients; for a network, those of the training loss for the parameters, and its "
