@@ -54,14 +54,14 @@ _mixing_init = jax.nn.initializers.variance_scaling(0.1, "fan_in", "truncated_no
 
 @runtime_checkable
 class FilterGenerator(Protocol):
-    """What makes every sample's filters; `DRConv` takes any object that is one.
+    """What makes every sample's filters; `DRConv` takes any object that is one."""
 
-    Attributes:
-      linear: names of the parameters that the filters are linear in, all of them together; their
-        last axis is the features'.
-    """
+    @property
+    def linear(self) -> tuple[str, ...]:
+        """Names of the parameters that the filters are linear in, all of them together.
 
-    linear: tuple[str, ...]
+        Their last axis is the features'.
+        """
 
     def init(
         self,

@@ -13,6 +13,7 @@ from flax.typing import ConvGeneralDilatedT, Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Num
 
 from drconv_jax import functional
+from drconv_jax.filters import FilterGenerator
 from drconv_jax.geometry import Padding
 
 
@@ -47,8 +48,8 @@ class DRConv(nn.Module):
       guide_kernel_size: taps of the guide convolution. None is the layer's own kernel size, as in
         the paper, and 1 with the generator "experts", as in the released code.
       filter_generator: "mixture", which moves as far as `nn.Conv` at the same learning rate;
-        "pooled", the paper's (Section 3.3); or "experts", the released code's. See
-        `drconv_jax.filters`.
+        "pooled", the paper's (Section 3.3); "experts", the released code's; or an object that is a
+        `drconv_jax.filters.FilterGenerator`.
       experts: number of filter banks that the generators "mixture" and "experts" mix.
       dtype: of the computation; None infers it from input and parameters. Whatever it is, products
         accumulate in float32 and the guide's argmax and softmax and the generator's sigmoid are in
@@ -86,7 +87,7 @@ class DRConv(nn.Module):
     # What nn.Conv does not have stands last, so that positions mean here what they mean there.
     regions: int = 8
     guide_kernel_size: int | Sequence[int] | None = None
-    filter_generator: str = "mixture"
+    filter_generator: str | FilterGenerator = "mixture"
     experts: int = 8
     implementation: str | Sequence[str] | None = None
 

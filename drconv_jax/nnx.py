@@ -16,6 +16,7 @@ from flax.typing import ConvGeneralDilatedT, Dtype, Initializer, PrecisionLike
 from jaxtyping import Array, Float, Num
 
 from drconv_jax import functional
+from drconv_jax.filters import FilterGenerator
 from drconv_jax.geometry import Padding
 
 
@@ -78,7 +79,7 @@ class DRConv(nnx.Module):
         regions: int = 8,
         guide_kernel_size: int | Sequence[int] | None = None,
         own_guide: bool = True,
-        filter_generator: str = "mixture",
+        filter_generator: str | FilterGenerator = "mixture",
         experts: int = 8,
         implementation: str | Sequence[str] | None = None,
     ):

@@ -1,5 +1,4 @@
-"""The Pallas kernels for given filters: interpreted here, compiled by the TPU's own compiler, lowered
-for CUDA."""
+"""Pallas kernels for given filters: interpreted here, compiled for TPUs, lowered for CUDA."""
 
 import functools
 
@@ -7,11 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
-from test_region_conv import assert_agree, cases, draw, few, outputs_and_gradients
+from test_region_conv import assert_agree, draw, outputs_and_gradients
 
 from drconv_jax import region_conv
 from drconv_jax.region_conv import pallas_tpu, triton_blocks

@@ -12,8 +12,7 @@ from drconv_jax.geometry import Window
 from drconv_jax.region_conv.mixture import Mixture
 
 Filters = Array | Mixture
-"""Filters that are given, (batch, regions, *kernel, in_per_group, features), or a mixture of them;
-their gradient is of the same kind."""
+"""Filters that are given, (batch, regions, *kernel, in_per_group, features), or a mixture of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,8 @@ class Implementation(Protocol):
     """A region convolution and its gradients, but for that of the guide's choice.
 
     The arguments have been checked, none of them is empty, and neither function is differentiated
-    by JAX.
+    by JAX. Filters are of one of the kinds of `Filters`, as far as `supports` lets them pass; their
+    gradient is of the same kind.
     """
 
     def supports(self, spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
@@ -55,7 +55,7 @@ class Implementation(Protocol):
         self,
         spec: ConvSpec,
         x: Float[Array, "batch *spatial in"],
-        filters: Filters,
+        filters: Any,
         guide_features: Float[Array, "batch *out_spatial regions"],
     ) -> Float[Array, "batch *out_spatial features"]:
         """y[p] = W[argmax F[p]] applied to the window of x at p, in the dtype of x."""
@@ -64,13 +64,11 @@ class Implementation(Protocol):
         self,
         spec: ConvSpec,
         x: Float[Array, "batch *spatial in"],
-        filters: Filters,
+        filters: Any,
         guide_features: Float[Array, "batch *out_spatial regions"],
         y: Float[Array, "batch *out_spatial features"],
         dy: Float[Array, "batch *out_spatial features"],
-    ) -> tuple[
-        Float[Array, "batch *spatial in"], Filters, Float[Array, "batch *out_spatial regions"]
-    ]:
+    ) -> tuple[Float[Array, "batch *spatial in"], Any, Float[Array, "batch *out_spatial regions"]]:
         """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
 
 

@@ -100,7 +100,7 @@ def _network(case: Case, implementation: str | None, guide: Guide) -> Iterator[C
     """Forward is inference; forward and backward is the training loss and its gradient."""
     x = noise(0, (case.batch, case.size, case.size, case.in_features), case.dtype, guide)
     labels = jnp.arange(case.batch) % case.features
-    networks = [("plain", None, _plain_network(case))]
+    networks: list[tuple[str, int | None, nn.Module]] = [("plain", None, _plain_network(case))]
     networks += [(OURS["network"], m, _dr_network(case, m, implementation)) for m in case.regions]
     for name, regions, model in networks:
         variables = jax.jit(model.init)(jax.random.key(0), x)
