@@ -32,7 +32,7 @@ from drconv_jax.region_conv.spec import ConvSpec
 from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct, triton
 
 # Per multiprocessor an H100 has 228 KiB of shared memory and 65536 registers, 255 for a thread.
-_HELD_BYTES = 80 * 1024  # so that two programs fit, with two buffers of positions each
+_HELD_BYTES = 112 * 1024  # so that two programs fit
 _PROGRAMS = 264  # two for each of its 132 multiprocessors
 
 
@@ -59,11 +59,14 @@ def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...]) -> _Tile:
     # Without tensor cores all operands are kept in registers.
     most = 32 if exact else 64
     deep, wide = block_of(depth, most), block_of(width, most)
-    matrices = experts * taps * pl.cdiv(depth, deep)
-    if groups == 1 and matrices <= 32 and not exact:
+    steps = taps * pl.cdiv(depth, deep)
+    if groups == 1 and experts * steps <= 32 and not exact:
+        rows = 64
         for narrower in (wide, min(wide, 32)):
-            if matrices * deep * narrower * size <= _HELD_BYTES:
-                return _Tile(64, deep, narrower, held=True)
+            held = experts * steps * deep * narrower
+            passing = 2 * rows * (steps * deep + narrower)  # twice: some are read ahead
+            if (held + passing) * size <= _HELD_BYTES:
+                return _Tile(rows, deep, narrower, held=True)
     # 128x64 sums and a product of that size take 128 registers of each of 128 threads, which leaves
     # as many for 16-bit operands.
     return _Tile(128 if size < 4 else 64, deep, wide, held=False)
