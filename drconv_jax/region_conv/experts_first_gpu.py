@@ -31,9 +31,11 @@ from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.spec import ConvSpec
 from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct, triton
 
-# Per multiprocessor an H100 has 228 KiB of shared memory and 65536 registers, 255 for a thread.
-_HELD_BYTES = 112 * 1024  # so that two programs fit
-_PROGRAMS = 264  # two for each of its 132 multiprocessors
+# A multiprocessor of an H100 has 228 KiB of shared memory, for two programs that hold matrices, and
+# 65536 registers: each of a program's 128 threads can have 255. From Ampere on every GPU gives a
+# program this much shared memory.
+_HELD_BYTES = 99 * 1024
+_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
 
 
 class _Tile(NamedTuple):
@@ -52,8 +54,8 @@ class _Tile(NamedTuple):
     held: bool
 
 
-def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...]) -> _Tile:
-    """The tile for matrices of this shape (n, taps, groups, depth, width)."""
+def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...], other: bool) -> _Tile:
+    """The tile for matrices of this shape (n, taps, groups, depth, width), with `other` or not."""
     experts, taps, groups, depth, width = shape
     size, exact = jnp.dtype(dtype).itemsize, _is_exact(dtype, precision)
     # Without tensor cores all operands are kept in registers.
@@ -64,7 +66,8 @@ def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...]) -> _Tile:
         rows = 64
         for narrower in (wide, min(wide, 32)):
             held = experts * steps * deep * narrower
-            passing = 2 * rows * (steps * deep + narrower)  # twice: some are read ahead
+            # What is read of positions, twice: one tile is read ahead of the other's products.
+            passing = 2 * rows * (steps * deep + (narrower if other else 0))
             if (held + passing) * size <= _HELD_BYTES:
                 return _Tile(rows, deep, narrower, held=True)
     # 128x64 sums and a product of that size take 128 registers of each of 128 threads, which leaves
@@ -251,7 +254,7 @@ def _multiply(
     channels of the results: a block of them, or several groups where groups are narrow.
     """
     experts, _, groups, _, width = matrices.shape
-    tile = _tile_of(source.dtype, precision, matrices.shape)
+    tile = _tile_of(source.dtype, precision, matrices.shape, other is not None)
     samples = source.shape[0] // math.prod(reads.source)
     rows = samples * math.prod(reads.results)
     shares = pl.cdiv(groups * width, tile.wide if groups == 1 else 64)
@@ -282,7 +285,7 @@ def _experts_multiply_kernel(
     inner: Any,
 ) -> None:
     experts, taps, groups, depth, width = shape
-    tile = _tile_of(source.dtype, precision, shape)
+    tile = _tile_of(source.dtype, precision, shape, other is not None)
     chunks, blocks = pl.cdiv(depth, tile.deep), pl.cdiv(width, tile.wide)
     steps = taps * chunks
     all_rows = (other if total is None else total).shape[0]
