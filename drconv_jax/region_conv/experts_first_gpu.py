@@ -31,11 +31,11 @@ from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.spec import ConvSpec
 from drconv_jax.region_conv.triton_blocks import block_of, dot, load, store, struct, triton
 
-# A multiprocessor of an H100 has 228 KiB of shared memory, for two programs that hold matrices, and
-# 65536 registers: each of a program's 128 threads can have 255. From Ampere on every GPU gives a
-# program this much shared memory.
+# Shared memory that a program can have on every GPU since Ampere. Of programs that use all of it, a
+# multiprocessor of an H100 runs two at a time (228 KiB), and of programs whose 128 threads have 255
+# registers as well (65536).
 _HELD_BYTES = 99 * 1024
-_PROGRAMS = 264  # two for each of an H100's 132 multiprocessors
+_PROGRAMS = 264  # an H100's 132 multiprocessors run at a time
 
 
 class _Tile(NamedTuple):
@@ -66,12 +66,12 @@ def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...], other: bool) ->
         rows = 64
         for narrower in (wide, min(wide, 32)):
             held = experts * steps * deep * narrower
-            # What is read of positions, twice: one tile is read ahead of the other's products.
+            # Of positions there are two tiles: the next is read during the products of one.
             passing = 2 * rows * (steps * deep + (narrower if other else 0))
             if (held + passing) * size <= _HELD_BYTES:
                 return _Tile(rows, deep, narrower, held=True)
-    # 128x64 sums and a product of that size take 128 registers of each of 128 threads, which leaves
-    # as many for 16-bit operands.
+    # 128x64 sums and a product of that size take 128 registers of each of the 128 threads, which
+    # leaves as many for operands of 16 bits.
     return _Tile(128 if size < 4 else 64, deep, wide, held=False)
 
 
@@ -263,7 +263,8 @@ def _multiply(
     inner = None if other is None else struct((shares, rows, experts), jnp.float32, source)
     total, inner = _call(
         functools.partial(_experts_multiply_kernel, precision, reads, matrices.shape),
-        # Programs of the same positions are neighbours: they find those in the cache.
+        # Programs of the same positions are neighbours: they find those in the cache. Twice as many
+        # as run at a time even out how many tiles each has.
         (shares, min(tiles, pl.cdiv(2 * _PROGRAMS, shares)) if tile.held else tiles),
         (source, _padded(matrices, tile.deep, tile.wide), choice, other),
         (total, inner),
@@ -284,6 +285,7 @@ def _experts_multiply_kernel(
     total: Any,
     inner: Any,
 ) -> None:
+    """See `_multiply`: positions, blocks of the results' channels, steps of the sum, experts."""
     experts, taps, groups, depth, width = shape
     tile = _tile_of(source.dtype, precision, shape, other is not None)
     chunks, blocks = pl.cdiv(depth, tile.deep), pl.cdiv(width, tile.wide)
@@ -300,7 +302,7 @@ def _experts_multiply_kernel(
         rows, columns = (pl.ds(i * n, n) for i, n in ((k, tile.deep), (f, tile.wide)))
         return matrices[e, tap, g, rows, columns]
 
-    matrix_of = read_matrix
+    matrix_of: Any = read_matrix
     if tile.held:
         held = [[read_matrix(e, step, first) for e in range(experts)] for step in range(steps)]
         matrix_of = lambda e, step, _: held[step][e]  # noqa: E731
@@ -318,7 +320,7 @@ def _experts_multiply_kernel(
             g, f = _unravel(block, (groups, blocks))
             real = _range(f, tile.wide) < width
             columns = g * width + _range(f, tile.wide)
-            theirs = None
+            theirs: Any = None
             if inner is not None:
                 theirs = load(other.at[rows[:, None], columns[None]], inside, real)
 
@@ -386,8 +388,8 @@ def _bank_gradient(
 ) -> Float[Array, "n taps groups depth width"]:
     """dV_e = sum_p a_e[p] (window of x at p) dy[p]^T.
 
-    A program has a block of the matrices of one tap and some experts, and every so many positions;
-    there are as many of those parts as give the GPU `_PROGRAMS` programs.
+    A program has a block of the matrices of one tap and some experts, and a part of the positions;
+    there are so many parts that there are `_PROGRAMS` programs. The parts' sums are added here.
     """
     experts, taps, groups, depth, width = matrices.shape
     rows, channels = _tile_of_bank(x.dtype, precision)
@@ -419,6 +421,7 @@ def _experts_bank_gradient_kernel(
     choice: Any,
     sums: Any,
 ) -> None:
+    """See `_bank_gradient`: a part of the positions, for a block of some experts' matrices."""
     experts, _, _, depth, width = sums.shape[1:]
     rows_of_tile, most = _tile_of_bank(x.dtype, precision)
     deep, wide = block_of(depth, most), block_of(width, most)
@@ -503,14 +506,12 @@ def _columns(values: Array) -> Array:
 
 def _unravel(number: Any, shape: tuple[int, ...]) -> list[Any]:
     """The index of an entry, in row-major order."""
-    index = []
+    index: list[Any] = []
     for length in reversed(shape):
-        if isinstance(number, int):
-            number, at = divmod(number, length)
-        else:
-            number, at = jax.lax.div(number, length), jax.lax.rem(number, length)
-        index.append(at)
-    return index[::-1]
+        known = isinstance(number, int)  # in a loop that is unrolled
+        index.insert(0, number % length if known else jax.lax.rem(number, length))
+        number = number // length if known else jax.lax.div(number, length)
+    return index
 
 
 def _unrolled(start: int, stop: int, body: Any, carry: Any) -> Any:
