@@ -77,7 +77,12 @@ def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...], other: bool) ->
 
 def _is_exact(dtype: Any, precision: Any) -> bool:
     """Whether products are those of whole float32 values, which tensor cores cannot do."""
-    return jnp.dtype(dtype).itemsize == 4 and precision == jax.lax.Precision.HIGHEST
+    if (
+        precision is None
+    ):  # of the products that follow, which JAX then takes from its configuration
+        precision = jax.config.jax_default_matmul_precision
+    exact = precision in (jax.lax.Precision.HIGHEST, "highest", "float32")
+    return exact and jnp.dtype(dtype).itemsize == 4
 
 
 def supports(spec: ConvSpec, x: Array, filters: Array | Mixture, guide_features: Array) -> None:
