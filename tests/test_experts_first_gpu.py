@@ -76,7 +76,7 @@ def assert_agree(kw, arguments, tolerance):
 @pytest.mark.parametrize(
     "case",
     [
-        dict(),
+        dict(size=(11, 13)),
         dict(batch=2, size=(9, 9), channels=70, features=133, experts=9, regions=33, bias=False),
         dict(groups=3, channels=9, features=6, strides=2),
         dict(kernel=(3, 3), groups=2, channels=6, features=10, strides=2, kernel_dilation=2),
@@ -85,7 +85,8 @@ def assert_agree(kw, arguments, tolerance):
     ],
     ids=lambda case: "-".join(case) or "pointwise",
 )
-def test_agree_with_the_definition(case):
+def test_agree_with_the_definition(monkeypatch, case):
+    monkeypatch.setattr(kernels, "_PROGRAMS", 3)  # so that some have several tiles of positions
     assert_agree(*draw(**case), 2e-6)
 
 
@@ -158,6 +159,57 @@ def test_lowers_for_cuda_inside_shard_map(case, number):
     with use_abstract_mesh(mesh):
         lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == number
+
+
+PROGRAM = """HloModule jit_run, is_scheduled=true
+
+%fused (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %exponential.1 = f32[8]{0} exponential(%p)
+}
+
+%body.2 (t: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  %value = f32[8]{0} get-tuple-element(%t), index=1
+  %wrapped_add.3 = s32[] fusion(%t), kind=kLoop, calls=%fused
+  %loop_fusion.2 = f32[8]{0} fusion(%value), kind=kLoop, calls=%fused
+  ROOT %next = (s32[], f32[8]{0}) tuple(%wrapped_add.3, %loop_fusion.2)
+}
+
+%condition (t: (s32[], f32[8])) -> pred[] {
+  %t = (s32[], f32[8]{0}) parameter(0)
+  ROOT %compare.7 = pred[] fusion(%t), kind=kLoop, calls=%fused
+}
+
+%one (a: f32[8]) -> f32[8] {
+  %a = f32[8]{0} parameter(0)
+  ROOT %copy.4 = f32[8]{0} copy(%a)
+}
+
+%other (a: f32[8]) -> f32[8] {
+  ROOT %a = f32[8]{0} parameter(0)
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %cublas.1 = (f32[8]{0}, s8[64]{0}) custom-call(%x), custom_call_target="__cublas$gemm"
+  %pallas_call.1 = f32[8]{0} custom-call(%x), custom_call_target="__gpu$xla.gpu.triton", backend_config={ir = "ML\\EF", name = "_a_kernel", num_warps = 4 : i32}
+  %start.0 = (f32[8]{0}, f32[8]{0}) tuple(%x, %x)
+  %while.1 = (s32[], f32[8]{0}) while(%start.0), condition=%condition, body=%body.2
+  ROOT %choice = f32[8]{0} conditional(%x, %x, %x), branch_computations={%one, %other}
+}
+"""  # noqa: E501
+
+
+def test_kernels_are_named_in_the_order_of_a_program():
+    assert list(gpu._kernels(PROGRAM)) == [
+        "__cublas$gemm",
+        "_a_kernel",
+        "compare",
+        "wrapped_add",
+        "loop_fusion",
+        "copy",
+    ]
 
 
 @pytest.mark.skipif(not gpu.compiler_is_installed(), reason="jax[cuda13] is not installed")

@@ -39,9 +39,11 @@ from drconv_jax.region_conv.triton_blocks import (
     triton,
 )
 
-# Per multiprocessor an H100 has 228 KiB of shared memory and 65536 registers, 255 for a thread.
-_HELD_BYTES = 80 * 1024  # so that two programs fit, with two buffers of positions each
-_PROGRAMS = 264  # two for each of its 132 multiprocessors
+# Shared memory that a program can have on every GPU since Ampere. Of programs that use all of it, a
+# multiprocessor of an H100 runs two at a time (228 KiB), and of programs whose 128 threads have 255
+# registers as well (65536).
+_HELD_BYTES = 99 * 1024
+_PROGRAMS = 264  # an H100's 132 multiprocessors run at a time
 
 
 class _Tile(NamedTuple):
@@ -60,26 +62,35 @@ class _Tile(NamedTuple):
     held: bool
 
 
-def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...]) -> _Tile:
-    """The tile for matrices of this shape (n, taps, groups, depth, width)."""
+def _tile_of(dtype: Any, precision: Any, shape: tuple[int, ...], other: bool) -> _Tile:
+    """The tile for matrices of this shape (n, taps, groups, depth, width), with `other` or not."""
     experts, taps, groups, depth, width = shape
     size, exact = jnp.dtype(dtype).itemsize, _is_exact(dtype, precision)
     # Without tensor cores all operands are kept in registers.
     most = 32 if exact else 64
     deep, wide = block_of(depth, most), block_of(width, most)
-    matrices = experts * taps * pl.cdiv(depth, deep)
-    if groups == 1 and matrices <= 32 and not exact:
+    steps = taps * pl.cdiv(depth, deep)
+    if groups == 1 and experts * steps <= 32 and not exact:
+        rows = 64
         for narrower in (wide, min(wide, 32)):
-            if matrices * deep * narrower * size <= _HELD_BYTES:
-                return _Tile(64, deep, narrower, held=True)
-    # 128x64 sums and a product of that size take 128 registers of each of 128 threads, which leaves
-    # as many for 16-bit operands.
+            held = experts * steps * deep * narrower
+            # Of positions there are two tiles: the next is read during the products of one.
+            passing = 2 * rows * (steps * deep + (narrower if other else 0))
+            if (held + passing) * size <= _HELD_BYTES:
+                return _Tile(rows, deep, narrower, held=True)
+    # 128x64 sums and a product of that size take 128 registers of each of the 128 threads, which
+    # leaves as many for operands of 16 bits.
     return _Tile(128 if size < 4 else 64, deep, wide, held=False)
 
 
 def _is_exact(dtype: Any, precision: Any) -> bool:
     """Whether products are those of whole float32 values, which tensor cores cannot do."""
-    return jnp.dtype(dtype).itemsize == 4 and precision == jax.lax.Precision.HIGHEST
+    if (
+        precision is None
+    ):  # of the products that follow, which JAX then takes from its configuration
+        precision = jax.config.jax_default_matmul_precision
+    exact = precision in (jax.lax.Precision.HIGHEST, "highest", "float32")
+    return exact and jnp.dtype(dtype).itemsize == 4
 
 
 def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
@@ -253,7 +264,7 @@ def _multiply(
     channels of the results: a block of them, or several groups where groups are narrow.
     """
     experts, _, groups, _, width = matrices.shape
-    tile = _tile_of(source.dtype, precision, matrices.shape)
+    tile = _tile_of(source.dtype, precision, matrices.shape, other is not None)
     samples = source.shape[0] // math.prod(reads.source)
     rows = samples * math.prod(reads.results)
     shares = pl.cdiv(groups * width, tile.wide if groups == 1 else 64)
@@ -262,7 +273,8 @@ def _multiply(
     inner = None if other is None else struct((shares, rows, experts), jnp.float32, source)
     total, inner = _call(
         functools.partial(_experts_multiply_kernel, precision, reads, matrices.shape),
-        # Programs of the same positions are neighbours: they find those in the cache.
+        # Programs of the same positions are neighbours: they find those in the cache. Twice as many
+        # as run at a time even out how many tiles each has.
         (shares, min(tiles, pl.cdiv(2 * _PROGRAMS, shares)) if tile.held else tiles),
         (source, _padded(matrices, tile.deep, tile.wide), choice, other),
         (total, inner),
@@ -283,8 +295,9 @@ def _experts_multiply_kernel(
     total: Any,
     inner: Any,
 ) -> None:
+    """See `_multiply`: positions, blocks of the results' channels, steps of the sum, experts."""
     experts, taps, groups, depth, width = shape
-    tile = _tile_of(source.dtype, precision, shape)
+    tile = _tile_of(source.dtype, precision, shape, other is not None)
     chunks, blocks = pl.cdiv(depth, tile.deep), pl.cdiv(width, tile.wide)
     steps = taps * chunks
     all_rows = (other if total is None else total).shape[0]
@@ -299,7 +312,7 @@ def _experts_multiply_kernel(
         rows, columns = (pl.ds(i * n, n) for i, n in ((k, tile.deep), (f, tile.wide)))
         return matrices[e, tap, g, rows, columns]
 
-    matrix_of = read_matrix
+    matrix_of: Any = read_matrix
     if tile.held:
         held = [[read_matrix(e, step, first) for e in range(experts)] for step in range(steps)]
         matrix_of = lambda e, step, _: held[step][e]  # noqa: E731
@@ -317,7 +330,7 @@ def _experts_multiply_kernel(
             g, f = _unravel(block, (groups, blocks))
             real = _range(f, tile.wide) < width
             columns = g * width + _range(f, tile.wide)
-            theirs = None
+            theirs: Any = None
             if inner is not None:
                 theirs = load(other.at[rows[:, None], columns[None]], inside, real)
 
@@ -385,8 +398,8 @@ def _bank_gradient(
 ) -> Float[Array, "n taps groups depth width"]:
     """dV_e = sum_p a_e[p] (window of x at p) dy[p]^T.
 
-    A program has a block of the matrices of one tap and some experts, and every so many positions;
-    there are as many of those parts as give the GPU `_PROGRAMS` programs.
+    A program has a block of the matrices of one tap and some experts, and a part of the positions;
+    there are so many parts that there are `_PROGRAMS` programs. The parts' sums are added here.
     """
     experts, taps, groups, depth, width = matrices.shape
     rows, channels = _tile_of_bank(x.dtype, precision)
@@ -418,6 +431,7 @@ def _experts_bank_gradient_kernel(
     choice: Any,
     sums: Any,
 ) -> None:
+    """See `_bank_gradient`: a part of the positions, for a block of some experts' matrices."""
     experts, _, _, depth, width = sums.shape[1:]
     rows_of_tile, most = _tile_of_bank(x.dtype, precision)
     deep, wide = block_of(depth, most), block_of(width, most)
@@ -502,14 +516,12 @@ def _columns(values: Array) -> Array:
 
 def _unravel(number: Any, shape: tuple[int, ...]) -> list[Any]:
     """The index of an entry, in row-major order."""
-    index = []
+    index: list[Any] = []
     for length in reversed(shape):
-        if isinstance(number, int):
-            number, at = divmod(number, length)
-        else:
-            number, at = jax.lax.div(number, length), jax.lax.rem(number, length)
-        index.append(at)
-    return index[::-1]
+        known = isinstance(number, int)  # in a loop that is unrolled
+        index.insert(0, number % length if known else jax.lax.rem(number, length))
+        number = number // length if known else jax.lax.div(number, length)
+    return index
 
 
 def _unrolled(start: int, stop: int, body: Any, carry: Any) -> Any:
