@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -6,6 +7,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from drconv_jax import guide_mask
 from drconv_jax.geometry import Window, window_of
@@ -193,3 +196,95 @@ def test_what_is_not_done_is_declined(change, reason):
     filters = change["filters"] if "filters" in change else mixture._replace(**change)
     with pytest.raises(NotImplementedError, match=reason):
         experts_first.supports(spec, x, filters, guide)
+
+
+def messages(compiled):
+    """The collectives of a program, and how many arrays each is about."""
+    found = re.findall(
+        r"= (.*) (all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(",
+        compiled.as_text(),
+    )
+    return [(kind, len(re.findall(r"\w\[", results))) for results, kind in found]
+
+
+def over(mesh, arguments):
+    """`run`'s arguments but the first, the batch parted among the devices and the bank on all."""
+    x, mixture, guide, dy = arguments
+    by_batch, whole = (
+        NamedSharding(mesh, PartitionSpec("data")),
+        NamedSharding(mesh, PartitionSpec()),
+    )
+    place = lambda array, sharding: jax.ShapeDtypeStruct(  # noqa: E731
+        array.shape, array.dtype, sharding=sharding
+    )
+    mixture = Mixture(place(mixture.weights, by_batch), place(mixture.bank, whole))
+    return (place(x, by_batch), mixture, *(place(a, by_batch) for a in (guide, dy)))
+
+
+@pytest.mark.parametrize("kernel", [(1, 1), (3, 3)], ids=["pointwise", "3x3"])
+def test_the_sum_of_the_banks_gradient_is_the_only_message(kernel):
+    """Under `jit` on a mesh, which learns of the mesh from its arguments alone."""
+    spec, *arguments = draw(5, kernel=kernel, batch=8)
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    program = jax.jit(functools.partial(run, spec)).lower(*over(mesh, arguments)).compile()
+    assert messages(program) == [("all-reduce", 1)]
+    placed = jax.device_put(tuple(arguments), program.input_shardings[0])
+    assert_agree(program(*placed), run(spec, *arguments), 2e-6)
+
+
+@pytest.fixture(scope="module")
+def tpus():
+    """The devices of eight TPUs v5e, to compile for."""
+    pytest.importorskip("libtpu", reason="libtpu, which compiles for TPUs, is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        # Compiling takes no TPU, so that other processes, such as another worker, may do it too.
+        patch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+        topology = topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x4")
+    return topology.devices
+
+
+def test_the_same_on_tpus(tpus):
+    spec, *arguments = draw(6, batch=8, size=7, channels=58, features=58, dtype=jnp.bfloat16)
+    mesh = Mesh(np.array(tpus), ("data",))
+    lowered = jax.jit(functools.partial(run, spec)).lower(*over(mesh, arguments))
+    assert messages(lowered.compile()) == [("all-reduce", 1)]
+
+
+def bytes_accessed(function, *arguments):
+    compiled = jax.jit(function).lower(*arguments).compile()
+    # What is not an argument or a result is in the fast memory, or is not stored at all.
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2**20
+    return compiled.cost_analysis()["bytes accessed"]
+
+
+@pytest.mark.parametrize(
+    "kernel,batch,size,channels", [((1, 1), 128, 14, 116), ((3, 3), 32, 28, 64)]
+)
+def test_bytes_and_memory_on_tpu(tpus, kernel, batch, size, channels):
+    """Those of a convolution, and at most 0.7 times as many for all else."""
+    pixels, filter = (batch, size, size), (*kernel, channels, channels)
+    array = functools.partial(
+        jax.ShapeDtypeStruct, dtype=jnp.bfloat16, sharding=SingleDeviceSharding(tpus[0])
+    )
+    x, guide = array((*pixels, channels)), array((*pixels, 8), dtype=jnp.float32)
+    mixture = Mixture(array((batch, 8, 1, 1, 8)), array((1, 8, *filter)))
+    padding = tuple(((k - 1) // 2, k // 2) for k in kernel)
+    spec = ConvSpec(Window(kernel, (1, 1), padding, (1, 1)), 1, None)
+
+    def convolve(x, kernel):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), padding, dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+
+    def convolve_with_gradients(x, kernel, dy):
+        y, pull = jax.vjp(convolve, x, kernel)
+        return y, *pull(dy)
+
+    forward = functools.partial(experts_first.forward, spec)
+    assert bytes_accessed(forward, x, mixture, guide) <= 1.7 * bytes_accessed(
+        convolve, x, array(filter)
+    )
+    if kernel == (1, 1):  # the other's takes half a minute to compile
+        assert bytes_accessed(functools.partial(run, spec), x, mixture, guide, x) <= (
+            1.7 * bytes_accessed(convolve_with_gradients, x, array(filter), x)
+        )

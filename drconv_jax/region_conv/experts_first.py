@@ -22,7 +22,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.guide import region_index
@@ -54,7 +54,7 @@ def forward(
 ) -> Float[Array, "batch *out_spatial features"]:
     """See `spec.Implementation.forward`."""
     weights, experts = _experts_of(filters)
-    shares = _shares(_own_region(guide_features), weights)
+    shares = _shares(weights, guide_features)
     if _is_product(spec):
         y = _product("PEC,ECF->PF", _scaled(x, shares), _matrices(experts), spec.precision)
     else:
@@ -73,8 +73,7 @@ def backward(
     """See `spec.Implementation.backward`."""
     del y
     (weights, experts), to_mixture = jax.vjp(_experts_of, filters)
-    own = _own_region(guide_features)
-    shared_dy = _scaled(dy, _shares(own, weights))
+    shared_dy = _scaled(dy, _shares(weights, guide_features))
     if _is_product(spec):
         matrices = _matrices(experts)
         dx = _product("PEF,ECF->PC", shared_dy, matrices, spec.precision).astype(x.dtype)
@@ -86,6 +85,7 @@ def backward(
         dx, dexperts = to_inputs(shared_dy)
         dshares = _inner(outputs, dy)
     out_spatial = tuple(range(1, x.ndim - 1))
+    own = jax.nn.one_hot(region_index(guide_features), weights.shape[1], dtype=bool)[..., None]
     dweights = jnp.where(own, dshares[..., None, :], 0).sum(axis=out_spatial)
     everywhere = jnp.expand_dims(weights.astype(dshares.dtype), out_spatial)
     scores = (dshares[..., None, :] * everywhere).sum(axis=-1)
@@ -108,24 +108,21 @@ def _experts_of(
     return jnp.concatenate([weights, one], axis=-1), jnp.concatenate([bank[0], bias])
 
 
-def _own_region(
-    guide_features: Float[Array, "batch *out_spatial regions"],
-) -> Bool[Array, "batch *out_spatial regions 1"]:
-    """Whether a position is in a region, with an axis behind for the experts."""
-    index = region_index(guide_features)
-    return jax.nn.one_hot(index, guide_features.shape[-1], dtype=bool)[..., None]
-
-
 def _shares(
-    own: Bool[Array, "batch *out_spatial regions 1"],
     weights: Float[Array, "batch regions experts"],
+    guide_features: Float[Array, "batch *out_spatial regions"],
 ) -> Float[Array, "batch *out_spatial experts"]:
-    """How much of each expert is in a position's filter.
+    """How much of each expert is in a position's filter: the weights of its region.
 
-    A select fuses into what is around it; a product with one-hots would have to be laid out first.
+    TPUs fuse a select with what is around it; a gather, or a product with one-hots, they do not.
     """
-    everywhere = jnp.expand_dims(weights, range(1, own.ndim - 2))
-    return jnp.where(own, everywhere, jnp.zeros((), weights.dtype)).sum(axis=-2)
+    index = region_index(guide_features)
+    shape = (*index.shape, weights.shape[-1])
+    of_region = [
+        jnp.broadcast_to(jnp.expand_dims(row, range(1, index.ndim)), shape)
+        for row in jnp.moveaxis(weights, 1, 0)
+    ]
+    return jax.lax.select_n(jnp.broadcast_to(index[..., None], shape), *of_region)
 
 
 def _scaled(
@@ -162,7 +159,7 @@ def _matrices(
 def _product(
     equation: str, a: Array, b: Array, precision: jax.lax.Precision | None
 ) -> Float[Array, ...]:
-    """An einsum with sums in float32 or wider; its first letter, P, is all axes of a position."""
+    """An einsum with sums in float32 or wider; P are the axes of a position, which `a` has."""
     positions = "bxyz"[: a.ndim + 1 - len(equation.split(",")[0])]
     wide = accumulator(a.dtype)
     multiply = functools.partial(
