@@ -83,13 +83,17 @@ class Kernel:
           results: their shapes and dtypes.
           arrays: the arguments.
           attributes: integers or tuples of them.
+
+        Returns:
+          The results. `shard_map` takes them for the same on every device: who calls within it
+          must type them as varying.
         """
         shapes = tuple(ShapedArray(result.shape, result.dtype) for result in results)
         named = tuple(attributes.items())
         return _native.bind(*arrays, kernel=self, results=shapes, attributes=named)
 
 
-# As `jax.ffi.ffi_call`, which cannot tell XLA how a call is parted among devices.
+# As `jax.ffi.ffi_call`, which cannot tell XLA how a call is partitioned among devices.
 _native = Primitive("drconv_native")
 _native.multiple_results = True
 
@@ -110,7 +114,7 @@ def _lower(
 
 
 def _rule_by_batch(shapes: Sequence[Sequence[int]], arguments: int) -> str:
-    """Shardy's rule for arrays that are parted along their first axis, all of them alike."""
+    """Shardy's rule for arrays that are partitioned along their first axis, all of them alike."""
     symbols = itertools.chain("jklmnopqrstuvwxyz", (f"z_{i}" for i in itertools.count(1)))
     rest = [[(next(symbols), length) for length in shape[1:]] for shape in shapes]
     sides = [f"[{', '.join(['i', *(name for name, _ in axes)])}]" for axes in rest]

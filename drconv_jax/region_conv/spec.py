@@ -12,7 +12,7 @@ from drconv_jax.geometry import Window
 from drconv_jax.region_conv.mixture import Mixture
 
 Filters = Array | Mixture
-"""Filters that are given, (batch, regions, *kernel, in_per_group, features), or mixed on the way."""
+"""Given filters (batch, regions, *kernel, in_per_group, features), or a mixture of them."""
 
 
 @dataclasses.dataclass(frozen=True)

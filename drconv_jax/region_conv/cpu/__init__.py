@@ -38,16 +38,20 @@ def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     if x.ndim > 5:
         raise NotImplementedError(f"does at most 3 spatial dimensions, not {x.ndim - 2}")
     if isinstance(filters, Mixture):
-        weights, bank, bias = filters
-        if 1 not in (math.prod(weights.shape[2:-1]), math.prod(bank.shape[2:-2])):
-            raise NotImplementedError(
-                "mixes whole filters or single taps, not with a kernel of "
-                f"{weights.shape[2:-1]} in the weights and of {bank.shape[2:-2]} in the bank"
-            )
-        if bias is not None and bias.shape != (bank.shape[0], *bank.shape[2:]):
-            raise NotImplementedError(
-                f"adds a bias of the bank's shape, not {bias.shape} to {bank.shape}"
-            )
+        _supports_mixture(filters)
+
+
+def _supports_mixture(mixture: Mixture) -> None:
+    weights, bank, bias = mixture
+    if 1 not in (math.prod(weights.shape[2:-1]), math.prod(bank.shape[2:-2])):
+        raise NotImplementedError(
+            "mixes whole filters or single taps, not with a kernel of "
+            f"{weights.shape[2:-1]} in the weights and of {bank.shape[2:-2]} in the bank"
+        )
+    if bias is not None and bias.shape != (bank.shape[0], *bank.shape[2:]):
+        raise NotImplementedError(
+            f"adds a bias of the bank's shape, not {bias.shape} to {bank.shape}"
+        )
 
 
 def forward(
@@ -59,11 +63,9 @@ def forward(
     """See `spec.Implementation.forward`."""
     y = jax.ShapeDtypeStruct((*guide_features.shape[:-1], filters.shape[-1]), x.dtype)
     if isinstance(filters, Mixture):
-        kernel, operands = _mixed_forward, _flattened(filters)
-    else:
-        kernel, operands = _forward, (filters,)
-    (result,) = kernel([y], x, *operands, _wide(guide_features), **_attributes(spec))
-    return result
+        flat: tuple[Array, ...] = _flattened(filters)
+        return _mixed_forward([y], x, *flat, _wide(guide_features), **_attributes(spec))[0]
+    return _forward([y], x, filters, _wide(guide_features), **_attributes(spec))[0]
 
 
 def backward(
@@ -77,21 +79,14 @@ def backward(
     """See `spec.Implementation.backward`."""
     scores = jax.ShapeDtypeStruct(guide_features.shape, accumulator(x.dtype))
     rest, attributes = (_wide(guide_features), y, dy), _attributes(spec)
-    if not isinstance(filters, Mixture):
-        results = [_like(x), _like(filters), scores]
-        dx, dfilters, scores_of = _backward(results, x, filters, *rest, **attributes)
-        return dx, dfilters, scores_of
-    operands = _flattened(filters)
-    results = [_like(x), *map(_like, operands), scores, _scratch(filters)]
-    dx, *flat, scores_of, _ = _mixed_backward(results, x, *operands, *rest, **attributes)
-    weights, bank, bias = filters
-    dweights, dbank, dbias = flat
-    gradients = Mixture(
-        dweights.reshape(weights.shape),
-        dbank.reshape(bank.shape),
-        None if bias is None else dbias.reshape(bias.shape),
-    )
-    return dx, gradients, scores_of
+    if isinstance(filters, Mixture):
+        flat: tuple[Array, ...] = _flattened(filters)
+        results = [*map(_like, (x, *flat)), scores, _scratch(filters)]
+        gradients = _mixed_backward(results, x, *flat, *rest, **attributes)
+        return gradients[0], _in_shape_of(filters, *gradients[1:4]), gradients[4]
+    results = [_like(x), _like(filters), scores]
+    dx, dfilters, scores_of = _backward(results, x, filters, *rest, **attributes)
+    return dx, dfilters, scores_of
 
 
 def _flattened(
@@ -111,6 +106,15 @@ def _flattened(
         jnp.zeros((bank_regions, size), bank.dtype)
         if bias is None
         else bias.reshape(bank_regions, size),
+    )
+
+
+def _in_shape_of(mixture: Mixture, weights: Array, bank: Array, bias: Array) -> Mixture:
+    """The opposite of `_flattened`."""
+    return Mixture(
+        weights.reshape(mixture.weights.shape),
+        bank.reshape(mixture.bank.shape),
+        None if mixture.bias is None else bias.reshape(mixture.bias.shape),
     )
 
 
