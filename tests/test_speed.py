@@ -14,7 +14,8 @@ from PIL import Image
 from drconv_jax import DRConv
 from drconv_jax.interop import import_torch
 from experiments.runtime.errors import UserError
-from experiments.speed import cases, contenders, mark, results
+from experiments.speed import cases, compiled, contenders, mark, measure, results
+from experiments.speed.measure import DIRECTIONS
 
 
 def command(*arguments, env=None):
@@ -83,9 +84,10 @@ def test_a_run_that_ends_early_leaves_the_cases_it_measured(tmp_path):
 @pytest.mark.parametrize(
     "arguments,message",
     [
+        (["--minutes", "0"], "--minutes must be positive, got 0"),
         (["--rounds", "0"], "--rounds must be at least 1, got 0"),
         (["--select", "nothing"], 'no case of the suite "mark" contains "nothing"'),
-        (["--implementation", "magic"], "one of reference, select, blocked, cpu"),
+        (["--implementation", "magic"], "one of reference, select, blocked, experts_first, cpu"),
         (["--suite", "huge"], "--suite"),
     ],
 )
@@ -125,26 +127,85 @@ def test_the_pytorch_drconv_is_our_layer(kernel):
     )
 
 
-def test_every_row_of_the_mark_is_measured_by_its_suite():
-    """With made-up times: one second for what is standard, two for all else, ten for PyTorch."""
-    made_up = []
-    for case in cases.suite("mark"):
-        names = {"op": ["matmul"], "layer": ["nn.Conv", contenders.TORCH_DRCONV]}
-        seconds = {contenders.TORCH_DRCONV: 10.0, contenders.OURS.get(case.level): 2.0}
-        for direction in ("forward", "forward+backward"):
-            for name in [*names.get(case.level, []), contenders.OURS.get(case.level, "")]:
-                standard = name in ("matmul", "nn.Conv")
-                for m in [None] if standard else case.regions:
-                    times = (seconds.get(name, 1.0),) * 3
-                    made_up.append(results.Result(case, name, m, direction, standard, times, 0))
+def made_up(case):
+    """Results of a case: one second for what is standard, two for ours, ten for PyTorch DRConv."""
+    standard = {"op": "matmul", "layer": "nn.Conv", "network": "plain"}[case.level]
+    times = {standard: 1.0, contenders.TORCH_NETWORK: 1.0, contenders.TORCH_DRCONV: 10.0}
+    times[contenders.OURS[case.level]] = 2.0
+    for direction in DIRECTIONS:
+        for name, seconds in times.items():
+            of_regions = name in (contenders.TORCH_DRCONV, contenders.OURS[case.level])
+            for m in case.regions if of_regions else [None]:
+                of_case = case, name, m, direction, name == standard
+                yield results.Result(*of_case, (seconds,) * 3, 0)
+
+
+def test_every_row_of_the_mark_is_measured_by_a_suite():
+    chosen = list(dict.fromkeys([*cases.suite("mark"), *cases.suite("gpu")]))
+    timed = [r for case in chosen if case.level != "compiled" for r in made_up(case)]
     step = [results.StepBytes(c, 100, 80, 10) for c in cases.suite("mark") if c.level == "layer"]
-    rows = mark.rows(results.Measured(made_up, {}, step, [], []))
-    measured = [row for row in rows if "TPU" not in row.what]
-    assert len(rows) == len(measured) + 3
-    assert [row.measured.value for row in measured if row.at_least] == [5.0] * 12
-    assert all(row.met for row in measured if row.at_least or row.limit >= 2)
-    assert not any(row.met for row in measured if row.limit == 1.5 and "m=32" not in row.what)
-    assert all(row.met is None for row in rows if "TPU" in row.what)
+    programs = [
+        compiled.Compiled(case, target, direction, 3.0, 2.0, 7, 5, (), ())
+        for case in chosen
+        if case.level == "compiled"
+        for target in compiled.TARGETS
+        for direction in DIRECTIONS
+    ]
+    rows = mark.rows(results.Measured(timed, {}, step, programs, []))
+    assert all(row.measured is not None for row in rows)
+    values = {row.what: row.measured.value for row in rows}
+    assert [row.measured.value for row in rows if row.at_least] == [5.0] * 12
+    assert values["TPU v5e, bytes of DRConv / nn.Conv, forward, 128x28x28 58-58 1x1"] == 1.5
+    gradient = "temporary memory of a gradient / (x + dy), 512x28x28 64-64 3x3"
+    assert values[f"H100, {gradient}"] == 1.4
+    plain = "shufflenet_v2_x0_5 plain / PyTorch's, forward, 16x224x224 3-1000"
+    assert values[plain] == 1.0
+    assert values[plain.replace("plain / PyTorch's", "DR / plain")] == 2.0
+    on_gpu = "on a GPU, bfloat16, DRConv / nn.Conv, forward, 512x7x7 232-232 1x1"
+    assert values[on_gpu] == 2.0
+    for row in rows:
+        value = row.measured.value
+        assert row.met == (value >= row.limit if row.at_least else value <= row.limit)
+
+
+def test_what_was_not_measured_is_open():
+    rows = mark.rows(results.Measured([], {}, [], [], []))
+    assert rows and all(row.met is None for row in rows)
+
+
+def test_calls_in_one_program_wait_for_each_other():
+    """Each call sees what the last one left: no call can be left out or moved."""
+    seen = []
+
+    def function(x, y):
+        jax.debug.callback(lambda value: seen.append(float(value)), x.sum())
+        return x * y, jnp.cos(y)
+
+    x, y = jnp.ones((2, 3)), jnp.arange(3.0)[None]
+    result = jax.jit(measure.repeated(function, 4))(x, y)
+    jax.effects_barrier()
+    np.testing.assert_array_equal(result, x)
+    assert seen == [6.0] * 4
+    spoiled = jax.jit(measure.repeated(lambda x: x * jnp.nan, 2))(x)
+    assert jnp.isnan(spoiled[0, 0]) and not jnp.isnan(spoiled[0, 1])
+    text = jax.jit(measure.repeated(lambda x: x @ x.T, 4)).lower(x).compile().as_text()
+    assert "while" in text and "dot" in text
+
+
+def test_a_contender_of_many_calls_is_timed_by_the_call(monkeypatch):
+    monkeypatch.setattr(measure, "_turn", lambda run: 3.0)
+    many = measure.Contender("many", None, "forward", lambda: None, calls=4)
+    assert measure.time_rounds([many], 2, lambda: None) == [(0.75, 0.75)]
+
+
+def test_time_that_is_up_leaves_cases_out(tmp_path, env):
+    run = tmp_path / "run"
+    arguments = ["--suite", "smoke", "--rounds", "1", "--minutes", "0.0001", "--run-dir", run]
+    result = command(*arguments, env=env)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((run / "results.json").read_text())
+    assert {r["case"]["level"] for r in report["results"]} == {"op"}
+    assert report["notes"][-1].startswith("Only 1 of 4 cases")
 
 
 def test_selecting_cases():

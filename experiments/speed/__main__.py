@@ -129,7 +129,7 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
         # Compiling counts as much as the rounds.
         task = progress.add_task("", total=2 * arguments.rounds * len(timed) + len(chosen))
         for done, case in enumerate(timed, start=1):
-            if time.monotonic() > end:
+            if done > 1 and time.monotonic() > end:
                 return
             progress.update(task, description=case.label)
             if not console.is_terminal:
