@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import chex
@@ -8,9 +9,10 @@ import pytest
 from flax import linen as nn
 
 from drconv_jax import DRConv
+from drconv_jax.cost import multiply_adds
 from drconv_jax.filters import GENERATORS
 from drconv_jax.geometry import adaptive_average_pool, resize_nearest
-from drconv_jax.region_conv import mix
+from drconv_jax.region_conv import Mixture, mix
 
 
 def filters_of(generator, params, x, kernel_size):
@@ -178,6 +180,39 @@ def test_sigmoid_is_in_float32_for_bfloat16():
     np.testing.assert_array_equal(
         filters[0, 0, 0, 0], (weight * params["bank_kernel"][0, 0, 0]).astype(jnp.bfloat16)
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class OneFilter:
+    """A generator of one's own: all samples and regions have one filter, that of a convolution."""
+
+    linear: tuple[str, ...] = ("kernel",)
+
+    def init(self, key, in_features, features, kernel_size, regions, **how):
+        shape = (*kernel_size, in_features, features)
+        return {"kernel": how["kernel_init"](key, shape, how["param_dtype"])}
+
+    def mixture(self, params, x, kernel_size, *, precision=None):
+        weights = jnp.ones((x.shape[0], 3, *(1,) * len(kernel_size), 1), x.dtype)
+        return Mixture(weights, params["kernel"][None, None])
+
+    def guide_kernel_size(self, kernel_size):
+        return (1,) * len(kernel_size)
+
+    def multiply_adds(self, params, kernel_size):
+        return 0
+
+
+def test_a_generator_of_ones_own():
+    layer = DRConv(6, (3, 3), regions=3, filter_generator=OneFilter())
+    x = jax.random.normal(jax.random.key(0), (2, 5, 5, 4))
+    variables = layer.init(jax.random.key(1), x)
+    assert variables["params"]["guide"]["kernel"].shape == (1, 1, 4, 3)
+    kernel = variables["params"]["filters"]["kernel"]
+    plain = nn.Conv(6, (3, 3), use_bias=False).apply({"params": {"kernel": kernel}}, x)
+    np.testing.assert_allclose(layer.apply(variables, x), plain, rtol=1e-5, atol=1e-5)
+    count = multiply_adds(layer, x.shape).layers
+    assert count == {"": 50 * 9 * 24, "filters": 0, "guide": 50 * 12}
 
 
 class VariantsTest(chex.TestCase):

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -217,6 +218,28 @@ def test_a_mesh_sums_the_gradients_of_the_bank_alone(size, mesh):
         jax.tree.leaves((y, dx, dmixture, dguide)), jax.tree.leaves(expected), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_exported_programs_are_made_of_xlas_operations(shared):
+    (x, mixture, guide), dy, how = draw_layer(7, 3, 5, 3, 4, 2, shared)
+    (batch,) = jax.export.symbolic_shape("b")
+    per_sample = lambda a: jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype)  # noqa: E731
+
+    def run(x, weights, guide, dy):
+        args = x, mixture._replace(weights=weights), guide
+        return jax.tree.leaves(with_gradients(args, dy, how))
+
+    given = x, mixture.weights, guide, dy
+    exported = jax.export.export(jax.jit(run), platforms=["cpu", "tpu", "cuda"])(
+        *map(per_sample, given)
+    )
+    calls = set(re.findall(r"custom_call @(\w+)", exported.mlir_module()))
+    assert calls <= {"shape_assertion"}  # JAX's own, of the batch size
+    ours = jax.export.deserialize(exported.serialize()).call(*given)
+    expected = with_gradients((x, mixture, guide), dy, how, "reference")
+    for a, b in zip(ours, jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shared", [True, False])

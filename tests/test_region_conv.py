@@ -493,6 +493,36 @@ def test_names_in_turn_fall_through(monkeypatch):
     np.testing.assert_allclose(np.asarray(y, np.float32), expected, rtol=2e-2, atol=2e-2)
 
 
+def test_all_that_decline_say_why():
+    (x, filters, guide), kw, _ = draw(18, kernel=1)
+    half = [a.astype(jnp.float16) for a in (x, filters)]
+    names = ("experts_first", "pallas_tpu")
+    both = '"experts_first" .*takes a Mixture.*; "pallas_tpu" does not compute in float16'
+    with pytest.raises(NotImplementedError, match=both):
+        region_conv(*half, guide, implementation=names, **kw)
+
+
+def test_a_program_for_another_platform():
+    arguments, kw, _ = draw(18, kernel=1)
+    lower = lambda name: (  # noqa: E731
+        jax.jit(functools.partial(region_conv, implementation=name, **kw))
+        .trace(*arguments)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
+    with pytest.raises(NotImplementedError, match='"cpu" runs on cpu, and .* is for tpu'):
+        lower("cpu")
+    assert "tpu_custom_call" in lower(("cpu", "pallas_tpu"))
+    assert "custom_call" not in lower(("cpu", "blocked"))
+
+
+def test_a_default_for_every_platform_in_one_program():
+    arguments, kw, _ = draw(18, kernel=1)
+    run = jax.jit(functools.partial(region_conv, **kw)).trace(*arguments)
+    text = run.lower(lowering_platforms=("cpu", "tpu", "cuda")).as_text()
+    assert all(name in text for name in ("drconv_region_conv_forward", "tpu_custom_call", "triton"))
+
+
 @pytest.mark.parametrize(
     "change,error,message",
     [

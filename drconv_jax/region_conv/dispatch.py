@@ -247,28 +247,14 @@ def _shapes(*args: Any, direction: Direction, call: _Call) -> list[ShapedArray]:
     return [*(ShapedArray(a.shape, a.dtype) for a in (x, *leaves)), scores]
 
 
-def _lower(ctx: mlir.LoweringRuleContext, *args: Any, direction: Direction, call: _Call) -> Any:
+def _lower(
+    platform: str, ctx: mlir.LoweringRuleContext, *args: Any, direction: Direction, call: _Call
+) -> Any:
     module = ctx.module_context
-    functions = {
-        platform: functools.partial(
-            _compute,
-            direction,
-            call,
-            Program(
-                platform,
-                module.lowering_parameters.for_export,
-                _is_partitioned(module.axis_context),
-            ),
-        )
-        for platform in ctx.platforms or module.platforms
-    }
-
-    def by_platform(*args: Array) -> list[Array]:
-        if len(functions) == 1:
-            return next(iter(functions.values()))(*args)
-        return jax.lax.platform_dependent(*args, **functions)
-
-    return mlir.lower_fun(by_platform, multiple_results=True)(ctx, *args)
+    exported = module.lowering_parameters.for_export
+    program = Program(platform, exported, _is_partitioned(module.axis_context))
+    compute = functools.partial(_compute, direction, call, program)
+    return mlir.lower_fun(compute, multiple_results=True)(ctx, *args)
 
 
 def _is_partitioned(context: Any) -> bool:
@@ -353,4 +339,5 @@ def _compiled(*args: Array, direction: Direction, call: _Call) -> list[Array]:
 _conv_p.def_impl(_compiled)
 _conv_p.def_abstract_eval(_shapes)
 batching.primitive_batchers[_conv_p] = _map
-mlir.register_lowering(_conv_p, _lower)
+for _platform in ("cpu", "cuda", "rocm", "tpu"):
+    mlir.register_lowering(_conv_p, functools.partial(_lower, _platform), platform=_platform)

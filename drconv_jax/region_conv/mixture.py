@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
+from drconv_jax.geometry import Length
 
 
 class Mixture(NamedTuple):
@@ -34,12 +35,12 @@ class Mixture(NamedTuple):
     bias: Float[Array, "bank_regions *kernel in_per_group features"] | None = None
 
     @property
-    def kernel_size(self) -> tuple[int, ...]:
+    def kernel_size(self) -> tuple[Length, ...]:
         """Taps of the filters in each spatial dimension."""
         return np.broadcast_shapes(self.weights.shape[2:-1], self.bank.shape[2:-2])
 
     @property
-    def shape(self) -> tuple[int, ...]:
+    def shape(self) -> tuple[Length, ...]:
         """Of the filters: (batch, regions, *kernel, in_per_group, features)."""
         return (*self.weights.shape[:2], *self.kernel_size, *self.bank.shape[-2:])
 
