@@ -88,7 +88,7 @@ def _is_exact(dtype: Any, precision: Any) -> bool:
     if (
         precision is None
     ):  # of the products that follow, which JAX then takes from its configuration
-        precision = jax.config.jax_default_matmul_precision
+        precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
     exact = precision in (jax.lax.Precision.HIGHEST, "highest", "float32")
     return exact and jnp.dtype(dtype).itemsize == 4
 
