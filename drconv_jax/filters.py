@@ -325,6 +325,21 @@ GENERATORS: Mapping[str, FilterGenerator] = {
 }
 
 
+def generator_of(value: Any) -> FilterGenerator:
+    """The generator of that name, or the one that is given.
+
+    Raises:
+      ValueError: there is none of that name, or it is no generator.
+    """
+    generator = GENERATORS.get(value) if isinstance(value, str) else value
+    if not isinstance(generator, FilterGenerator):
+        raise ValueError(
+            f"filter_generator must be one of {', '.join(GENERATORS)}, or a FilterGenerator, got "
+            f"{value!r}."
+        )
+    return generator
+
+
 def _draw_bank(
     key: PRNGKeyArray,
     shape: Sequence[int],

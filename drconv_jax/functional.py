@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from drconv_jax.checks import check_count, check_guide_dtype, check_precision
 from drconv_jax.dtypes import accumulator
-from drconv_jax.filters import GENERATORS, FilterGenerator
+from drconv_jax.filters import FilterGenerator, generator_of
 from drconv_jax.geometry import Padding, canonical_tuple, resize_nearest, window_of
 from drconv_jax.guide import region_index
 from drconv_jax.region_conv import region_conv
@@ -77,11 +77,7 @@ class Hyperparameters:
                 f"feature_group_count must divide features={self.features}, got "
                 f"{self.feature_group_count}."
             )
-        if not isinstance(self.generator, FilterGenerator):
-            raise ValueError(
-                f"filter_generator must be one of {', '.join(GENERATORS)}, or a FilterGenerator, "
-                f"got {self.filter_generator!r}."
-            )
+        generator_of(self.filter_generator)
 
     @classmethod
     def of(cls, layer: Any, **instead: Any) -> Hyperparameters:
@@ -94,9 +90,7 @@ class Hyperparameters:
     @property
     def generator(self) -> FilterGenerator:
         """The filter generator itself, where it is given by name."""
-        if isinstance(self.filter_generator, str):
-            return GENERATORS.get(self.filter_generator)  # type: ignore[return-value]
-        return self.filter_generator
+        return generator_of(self.filter_generator)
 
     @property
     def kernel(self) -> tuple[int, ...]:

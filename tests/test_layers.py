@@ -118,7 +118,10 @@ def test_bfloat16():
     [
         (dict(regions=0), "regions must be at least 1, got 0"),
         (dict(features=0), "features must be at least 1, got 0"),
-        (dict(filter_generator="mean"), "mixture, pooled, experts, got 'mean'"),
+        (
+            dict(filter_generator="mean"),
+            "mixture, pooled, experts, or a FilterGenerator, got 'mean'",
+        ),
         (dict(feature_group_count=4), "feature_group_count must divide features=6, got 4"),
         (dict(feature_group_count=3), "feature_group_count=3, got 4"),
         (dict(implementation="fast"), "got 'fast'"),
