@@ -4,14 +4,16 @@ With a_e[p] the weight of expert e at position p, which is that of its sample's 
 
     y[p] = sum_e a_e[p] (V_e * x)[p]
 
-where the bank V is one for all samples and regions. No sample's filters are made, nothing is
-sorted or gathered: these are E convolutions of arithmetic, as a few dense products, with little
-more memory traffic than one convolution has. It is right where arithmetic is cheap, on matrix
-units. As nothing depends on the guide but the weights, `jit` over a mesh parts it by itself, and
-the gradient of the bank is the only sum over devices.
+where the experts V are the same for all samples. No sample's filters are made, nothing is sorted
+or gathered: these are E convolutions of arithmetic in a few dense products, with little more memory
+traffic than one convolution has, which is right where arithmetic is cheap, on matrix units. Regions
+that have banks of their own have m times as many experts, most of which weigh nothing.
 
-TPUs fuse what scales an operand into the product that reads it, and a sum over the last axes of a
-product into the product; the functions below are written so that these are all there is.
+As nothing depends on the guide but the weights, `jit` over a mesh parts it by itself, and the sum
+of the bank's gradient is the only message among devices.
+
+It is written for what TPUs fuse: what scales an operand, into the product that reads it; a sum over
+an axis of a product's result, into the product.
 """
 
 from __future__ import annotations
@@ -35,14 +37,10 @@ def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     del spec, x, guide_features
     if not isinstance(filters, Mixture):
         raise NotImplementedError("mixes outputs: it takes a Mixture, not filters")
-    weights, bank, bias = filters
-    if bank.shape[0] != 1 or (bias is not None and bias.shape[0] != 1):
+    taps = filters.weights.shape[2:-1]
+    if math.prod(taps) != 1:
         raise NotImplementedError(
-            f"takes a bank that all regions share, not one for each of {weights.shape[1]} regions"
-        )
-    if math.prod(weights.shape[2:-1]) != 1:
-        raise NotImplementedError(
-            f"takes weights that all taps share, not one for each of {weights.shape[2:-1]} taps"
+            f"takes weights that all taps share, not one for each of {taps} taps"
         )
 
 
@@ -99,13 +97,32 @@ def _experts_of(
     Float[Array, "batch regions experts"],
     Float[Array, "experts *kernel in_per_group features"],
 ]:
-    """The weights and the filters that they are of; a bias is a filter whose weight is 1."""
+    """Filters that all regions share, and how each region mixes them.
+
+    A bias is a filter whose weight is 1.
+    """
     weights, bank, bias = mixture
     weights = weights.reshape(*weights.shape[:2], weights.shape[-1])
-    if bias is None:
+    parts = [(weights, bank)]
+    if bias is not None:
+        parts.append((jnp.ones_like(weights[..., :1]), bias[:, None]))
+    weights_of_parts, experts = zip(*(_shared(*part) for part in parts), strict=True)
+    return jnp.concatenate(weights_of_parts, axis=-1), jnp.concatenate(experts)
+
+
+def _shared(
+    weights: Float[Array, "batch regions n"],
+    bank: Float[Array, "bank_regions n *kernel in_per_group features"],
+) -> tuple[
+    Float[Array, "batch regions experts"],
+    Float[Array, "experts *kernel in_per_group features"],
+]:
+    """Regions with a bank each as regions with one bank: those of others weigh nothing."""
+    if bank.shape[0] == 1:
         return weights, bank[0]
-    one = jnp.ones_like(weights[..., :1])
-    return jnp.concatenate([weights, one], axis=-1), jnp.concatenate([bank[0], bias])
+    own = jnp.eye(bank.shape[0], dtype=bool)[None, :, :, None]
+    weights = jnp.where(own, weights[:, :, None], jnp.zeros((), weights.dtype))
+    return weights.reshape(*weights.shape[:2], -1), bank.reshape(-1, *bank.shape[2:])
 
 
 def _shares(
