@@ -1,4 +1,4 @@
-// Storage types of values, and the types that they are computed in.
+// Values: bfloat16, which is stored only, and conversions to and from the type that is computed in.
 
 #pragma once
 
@@ -28,7 +28,8 @@ INLINE void Narrow(float value, BFloat16* result) {
   if ((bits & 0x7fffffffu) > 0x7f800000u) {
     result->bits = static_cast<uint16_t>((bits >> 16) | 0x40);  // NaN stays NaN
   } else {
-    result->bits = static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // to even
+    result->bits =
+        static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);  // ties to even
   }
 }
 INLINE void Narrow(float value, float* result) { *result = value; }

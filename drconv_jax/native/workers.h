@@ -19,6 +19,7 @@
 
 namespace drconv {
 
+// The parts of a task, compiled for an instruction set each: code below is inlined into these.
 template <typename Task>
 void RunBaseline(const Task& task, int64_t number) {
   task.template Run<Baseline>(number);
@@ -38,6 +39,7 @@ TARGET_AVX512 void RunAvx512(const Task& task, int64_t number) {
 template <typename Task>
 auto BestFor(const Task&) -> void (*)(const Task&, int64_t) {
 #if defined(__x86_64__)
+  // Tests compute in float64, networks do not: one version of it is enough.
   if (std::is_same_v<typename Task::Value, double>) return RunBaseline<Task>;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))

@@ -3,7 +3,7 @@
 import pathlib
 import sys
 
-# Of bfloat16, float32, float64, by bytes: what rounding does to two products in turn.
+# Of calls with bfloat16, float32, float64, by bytes: what rounding does to two products in turn.
 TOLERANCES = {"2": 2**-8, "4": 2e-6, "8": 1e-15}
 
 

@@ -85,8 +85,9 @@ struct Threads {
 
 bool print_digests = false;
 
-// A sum in which every value counts for something else, and how large it could be.
-template <typename T>
+// A sum in which every value counts for something else, and how large it could be. The values have
+// the precision of S: what is computed from rounded values has no more, whatever its type.
+template <typename S, typename T>
 void PrintDigest(const char* what, const Values<T>& values) {
   double sum = 0, magnitude = 0;
   for (int64_t i = 0; i < values.size; ++i) {
@@ -94,16 +95,16 @@ void PrintDigest(const char* what, const Values<T>& values) {
     sum += term;
     magnitude += std::abs(term);
   }
-  std::printf("%s %d %.17g %.17g\n", what, static_cast<int>(sizeof(T)), sum, magnitude);
+  std::printf("%s %d %.17g %.17g\n", what, static_cast<int>(sizeof(S)), sum, magnitude);
 }
 
 // Calls once(workers), which returns its results, on one thread and on four.
-template <typename Once>
+template <typename S, typename Once>
 void SameOnAnyThreads(const char* what, const Once& once) {
   Threads one(1), four(4);
   const auto results = once(one.workers);
   if (print_digests)
-    std::apply([&](const auto&... each) { (PrintDigest(what, each), ...); }, results);
+    std::apply([&](const auto&... each) { (PrintDigest<S>(what, each), ...); }, results);
   if (results == once(four.workers)) return;
   std::printf("%s depends on the number of threads\n", what);
   std::exit(1);
@@ -141,7 +142,7 @@ void RegionConvolution() {
   const auto filters = Values<S>::Numbers(s.batch * s.regions * s.filter_size());
   const auto dy = Values<S>::Numbers(s.batch * s.positions * s.features);
   const auto guide = Values<G>::Bytes(s.batch * s.positions * s.regions);
-  SameOnAnyThreads("region_conv", [&](Workers& workers) {
+  SameOnAnyThreads<S>("region_conv", [&](Workers& workers) {
     Values<S> y(dy.size), dx(x.size), dfilters(filters.size);
     Values<T> scores(guide.size);
     Forward<S, T>(s, workers, x.get(), filters.get(), guide.data.get(), y.get());
@@ -161,7 +162,7 @@ void Mixing() {
   const auto bank = Values<T>::Numbers(s.banks * s.n * s.size);
   const auto bias = Values<T>::Numbers(s.banks * s.size);
   const auto dfilters = Values<T>::Numbers(s.rows() * s.size);
-  SameOnAnyThreads("mixing", [&](Workers& workers) {
+  SameOnAnyThreads<T>("mixing", [&](Workers& workers) {
     Values<T> filters(dfilters.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);
     Mix(s, workers, weights.data.get(), bank.data.get(), bias.data.get(), filters.data.get());
     MixGradients(s, workers, weights.data.get(), bank.data.get(), dfilters.data.get(),
@@ -202,7 +203,7 @@ void MixedRegionConvolution() {
     return std::make_tuple(std::move(y), std::move(dx), std::move(dweights), std::move(dbank),
                            std::move(dbias), std::move(scores));
   };
-  SameOnAnyThreads("mixed_region_conv", once);
+  SameOnAnyThreads<S>("mixed_region_conv", once);
   if constexpr (std::is_same_v<S, T>) {
     Threads two(2);
     Values<T> y(dy.size), dx(x.size), dweights(weights.size), dbank(bank.size), dbias(bias.size);

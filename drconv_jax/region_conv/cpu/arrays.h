@@ -39,8 +39,8 @@ struct Arrays {
   INLINE const T* Filter(int64_t sample, int64_t region) const {
     return filters + (sample * shape.regions + region) * shape.filter_size();
   }
-  // Fetches of the filter that is likely needed next, that of the next region or, behind the last,
-  // of the sample that this thread will take, `bytes` from `offset` on, in about `steps` steps.
+  // Fetches what is likely needed next, in about `steps` steps: `bytes` from `offset` on of the
+  // filter of the next region or, behind the last, of the sample that this thread will take.
   INLINE Ahead FilterAfter(int64_t sample, int64_t region, int64_t offset, int64_t bytes,
                            int64_t steps) const {
     const T* const next =

@@ -6,8 +6,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <string>
-#include <utility>
-#include <vector>
 
 #include "drconv_jax/native/handlers.h"
 #include "drconv_jax/region_conv/cpu/mixing.h"
@@ -33,8 +31,26 @@ inline int64_t Product(std::initializer_list<int64_t> numbers) {
   return product;
 }
 
-inline ffi::Unexpected<ffi::Error> Malformed(std::string message) {
-  return ffi::Unexpected(ffi::Error::InvalidArgument(std::move(message)));
+inline ffi::Error Malformed(const std::string& name, const std::string& why) {
+  return ffi::Error::InvalidArgument(name + ": " + why);
+}
+
+// As many numbers as there are spatial dimensions, each at least `least`.
+inline ffi::Error CheckNumbers(const char* name, ffi::Span<const int64_t> numbers, size_t rank,
+                               int64_t least) {
+  if (numbers.size() != rank) return Malformed(name, "expected a number for every dimension");
+  for (int64_t number : numbers)
+    if (number < least || number >= kTooLarge)
+      return Malformed(name, "got " + std::to_string(number));
+  return ffi::Error::Success();
+}
+
+// (batch, *spatial, channels), of values that the kernels compute with, not empty.
+inline ffi::Error CheckImages(const char* name, const ffi::AnyBuffer& buffer, size_t rank) {
+  const Form form = FormOf(buffer);
+  bool good = form.dimensions.size() == rank + 2 && ComputingType(form.type);
+  for (int64_t dimension : form.dimensions) good &= dimension >= 1 && dimension < kTooLarge;
+  return good ? ffi::Error::Success() : Malformed(name, "got " + form.ToString());
 }
 
 // x (batch, *spatial, in), guide features (batch, *out, regions) and y (batch, *out, features),
@@ -42,32 +58,16 @@ inline ffi::Unexpected<ffi::Error> Malformed(std::string message) {
 inline ffi::ErrorOr<Shape> ReadShape(const Attributes& attributes, const ffi::AnyBuffer& x,
                                      const ffi::AnyBuffer& guide, const ffi::AnyBuffer& y) {
   const size_t rank = attributes.kernel.size();
-  if (rank < 1 || rank > 3) return Malformed("kernel: expected one to three numbers");
-  struct Numbers {
-    const char* name;
-    ffi::Span<const int64_t> values;
-    int64_t least;
-  };
-  for (const Numbers& numbers :
-       {Numbers{"kernel", attributes.kernel, 1}, Numbers{"strides", attributes.strides, 1},
-        Numbers{"low", attributes.low, 1 - kTooLarge},
-        Numbers{"dilation", attributes.dilation, 1}}) {
-    if (numbers.values.size() != rank)
-      return Malformed(std::string(numbers.name) + ": expected as many numbers as in kernel");
-    for (int64_t value : numbers.values)
-      if (value < numbers.least || value >= kTooLarge)
-        return Malformed(std::string(numbers.name) + ": got " + std::to_string(value));
-  }
-  struct Buffer {
-    const char* name;
-    ffi::AnyBuffer given;
-  };
-  for (const Buffer& buffer : {Buffer{"x", x}, Buffer{"guide", guide}, Buffer{"y", y}}) {
-    const Form form = FormOf(buffer.given);
-    bool good = form.dimensions.size() == rank + 2 && ComputingType(form.type);
-    for (int64_t dimension : form.dimensions) good &= dimension >= 1 && dimension < kTooLarge;
-    if (!good) return Malformed(std::string(buffer.name) + ": got " + form.ToString());
-  }
+  if (rank < 1 || rank > 3)
+    return ffi::Unexpected(Malformed("kernel", "expected one to three numbers"));
+  for (const ffi::Error& error :
+       {CheckNumbers("kernel", attributes.kernel, rank, 1),
+        CheckNumbers("strides", attributes.strides, rank, 1),
+        CheckNumbers("low", attributes.low, rank, 1 - kTooLarge),
+        CheckNumbers("dilation", attributes.dilation, rank, 1), CheckImages("x", x, rank),
+        CheckImages("guide", guide, rank), CheckImages("y", y, rank)})
+    if (error.failure()) return ffi::Unexpected(error);
+
   const auto xs = x.dimensions(), gs = guide.dimensions(), ys = y.dimensions();
   Shape s{};
   s.batch = xs[0];
@@ -76,8 +76,9 @@ inline ffi::ErrorOr<Shape> ReadShape(const Attributes& attributes, const ffi::An
   s.features = ys[rank + 1];
   s.groups = attributes.groups;
   if (s.groups < 1 || s.in % s.groups != 0 || s.features % s.groups != 0)
-    return Malformed("groups: got " + std::to_string(s.groups) + " with " + std::to_string(s.in) +
-                     " channels and " + std::to_string(s.features) + " features");
+    return ffi::Unexpected(Malformed("groups", "got " + std::to_string(s.groups) + " with " +
+                                                   std::to_string(s.in) + " channels and " +
+                                                   std::to_string(s.features) + " features"));
   s.in_per_group = s.in / s.groups;
   s.features_per_group = s.features / s.groups;
   s.spatial = s.kernel = s.out = s.strides = s.dilation = {1, 1, 1};
@@ -92,18 +93,17 @@ inline ffi::ErrorOr<Shape> ReadShape(const Attributes& attributes, const ffi::An
   s.positions = Product({s.out[0], s.out[1], s.out[2]});
   s.in_positions = Product({s.spatial[0], s.spatial[1], s.spatial[2]});
   s.taps = Product({s.kernel[0], s.kernel[1], s.kernel[2]});
-  if (std::max(s.positions, s.in_positions) == kTooLarge ||
-      Product({s.taps, s.in_per_group, s.features}) == kTooLarge)
-    return Malformed("x, guide, y, kernel: more positions or values of a filter than " +
-                     std::to_string(kTooLarge - 1));
+  if (s.in_positions == kTooLarge) return ffi::Unexpected(Malformed("x", "too many positions"));
+  if (s.positions == kTooLarge) return ffi::Unexpected(Malformed("y", "too many positions"));
+  if (Product({s.taps, s.in_per_group, s.features}) == kTooLarge)
+    return ffi::Unexpected(Malformed("kernel", "too many values of a filter"));
 
-  const ffi::DataType guide_type = ComputingType(guide.element_type()).value();
-  Form guide_form{guide_type, {gs.begin(), gs.end()}};
-  guide_form.dimensions[0] = s.batch;
+  Form guide_form{*ComputingType(guide.element_type()), FormOf(guide).dimensions};
+  guide_form.dimensions.front() = s.batch;
   Form y_form{x.element_type(), guide_form.dimensions};
   y_form.dimensions.back() = s.features;
   ffi::Error error = Check({{"guide", guide, guide_form}, {"y", y, y_form}});
-  if (error.failure()) return ffi::Unexpected(std::move(error));
+  if (error.failure()) return ffi::Unexpected(error);
   return s;
 }
 
@@ -112,7 +112,7 @@ inline ffi::ErrorOr<MixShape> ReadMixShape(const Shape& shape, ffi::DataType typ
                                            const ffi::AnyBuffer& weights,
                                            const ffi::AnyBuffer& bank, const ffi::AnyBuffer& bias) {
   const auto ws = weights.dimensions(), bs = bank.dimensions();
-  // Where numbers may be either of two or any, what is expected is what is given, if it may be.
+  // Where there is a choice, what is expected is what is given, if that may be.
   MixShape s{shape.batch, shape.regions, shape.taps, 1, shape.regions, 0};
   if (ws.size() == 4 && ws[2] == 1) s.taps = 1;
   if (ws.size() == 4 && ws[3] > 1) s.n = ws[3];
@@ -121,9 +121,9 @@ inline ffi::ErrorOr<MixShape> ReadMixShape(const Shape& shape, ffi::DataType typ
   ffi::Error error = Check({{"weights", weights, {type, {s.batch, s.regions, s.taps, s.n}}},
                             {"bank", bank, {type, {s.banks, s.n, s.size}}},
                             {"bias", bias, {type, {s.banks, s.size}}}});
-  if (error.failure()) return ffi::Unexpected(std::move(error));
+  if (error.failure()) return ffi::Unexpected(error);
   if (Product({s.batch, s.regions, s.taps}) == kTooLarge)
-    return Malformed("weights: more rows than " + std::to_string(kTooLarge - 1));
+    return ffi::Unexpected(Malformed("weights", "too many rows"));
   return s;
 }
 

@@ -1,5 +1,5 @@
-// Mixing: row[i] = bias + sum over n of weights[i, n] * bank[n], the filters of all samples, and
-// its gradients.
+// Mixing: filter[i] = bias + sum over n of weights[i, n] * bank[n], for the filters of all samples,
+// which are the rows of a matrix; and its gradients.
 //
 // The filters are far larger than the banks. So work goes by bank and by chunk of its columns: the
 // chunk stays in a cache while that of every row passes once.
