@@ -8,22 +8,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array
 
 
 def interpreted_on_cpu(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    """`kernel`, which takes `interpret`, compiled for accelerators; slow on a CPU, for tests."""
+    """`kernel(precision, *arrays, interpret=...)`, compiled but on a CPU, where it is for tests."""
 
-    def run(*args: Any) -> Any:
-        arrays = [i for i, arg in enumerate(args) if isinstance(arg, jax.Array)]
-
-        def called(*values: Any, interpret: bool) -> Any:
-            given = dict(zip(arrays, values, strict=True))
-            return kernel(*(given.get(i, arg) for i, arg in enumerate(args)), interpret=interpret)
-
+    def run(precision: Any, *arrays: Array) -> Any:
         return jax.lax.platform_dependent(
-            *(args[i] for i in arrays),
-            cpu=functools.partial(called, interpret=True),
-            default=functools.partial(called, interpret=False),
+            *arrays,
+            cpu=functools.partial(kernel, precision, interpret=True),
+            default=functools.partial(kernel, precision, interpret=False),
         )
 
     return run
