@@ -168,8 +168,8 @@ def _is_product(spec: ConvSpec) -> bool:
 
 
 def _matrices(
-    experts: Float[Array, experts * kernel in features],
-) -> Float[Array, experts in features]:
+    experts: Float[Array, "experts *kernel in_per_group features"],
+) -> Float[Array, "experts in_per_group features"]:
     return experts.reshape(experts.shape[0], *experts.shape[-2:])
 
 
