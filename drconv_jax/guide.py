@@ -27,7 +27,12 @@ def region_index(guide_features: Float[Array, "*positions regions"]) -> Int[Arra
       ValueError: there is no region to choose.
     """
     _check(guide_features)
-    return jnp.argmax(guide_features, axis=-1).astype(jnp.int32)
+    # What argmax gives; the TPU's compiler takes four times as long for that.
+    largest = guide_features.max(axis=-1, keepdims=True)
+    is_largest = (guide_features == largest) | jnp.isnan(guide_features)
+    regions = guide_features.shape[-1]
+    index = jax.lax.broadcasted_iota(jnp.int32, guide_features.shape, guide_features.ndim - 1)
+    return jnp.where(is_largest, index, regions).min(axis=-1)
 
 
 @jax.custom_jvp

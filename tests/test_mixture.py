@@ -110,7 +110,9 @@ def test_convolving_with_a_mixture(seed, batch, size, kernel, m, n, shared, **sh
     assert_like_reference(*draw_layer(seed, batch, size, kernel, m, n, shared, **shapes), 1e-5)
 
 
-@pytest.mark.parametrize("implementation", [name for name in ALL if name not in PALLAS])
+@pytest.mark.parametrize(
+    "implementation", [*(name for name in ALL if name not in PALLAS), "experts_first"]
+)
 def test_every_implementation_takes_mixtures(implementation):
     shared = draw_layer(4, 3, 5, 3, 4, 3, True, groups=2, strides=2)
     assert_like_reference(*shared, 1e-5, implementation)

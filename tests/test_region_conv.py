@@ -16,7 +16,12 @@ from drconv_jax import guide_mask, native, region_conv
 from drconv_jax.geometry import window_of
 from drconv_jax.region_conv import IMPLEMENTATIONS
 
-AVAILABLE = [name for name in IMPLEMENTATIONS if name != "cpu" or native.available()]
+AVAILABLE = [  # on a CPU, with filters that are given
+    name
+    for name, support in IMPLEMENTATIONS.items()
+    if "cpu" in support.platforms and name != "experts_first"
+    if name != "cpu" or native.available()
+]
 ALL = [name for name in AVAILABLE if name != "select"]  # which JAX differentiates by itself
 FAST = [name for name in ALL if name != "reference"]
 PALLAS = ["pallas_tpu", "pallas_gpu"]  # which a CPU interprets

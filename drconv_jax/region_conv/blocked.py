@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Length
-from drconv_jax.region_conv.products import Products
+from drconv_jax.region_conv.products import Products, wide_einsum
 from drconv_jax.region_conv.sharding import varying_like
 
 
@@ -34,7 +34,7 @@ def multiply(
         matrix = jax.vmap(lambda matrices, region: matrices[region])(
             matrices, blocks.region[:, block]
         )
-        y = _einsum("btgk,bgkf->btgf", rows[:, block], matrix, precision)
+        y = wide_einsum("btgk,bgkf->btgf", rows[:, block], matrix, precision)
         return None, y.astype(patches.dtype)
 
     _, y = jax.lax.scan(product, None, jnp.arange(rows.shape[1]))
@@ -61,7 +61,7 @@ def multiply_backward(
     chosen = index[..., None, None]
 
     def score(dpatches: Array, region: Array) -> tuple[Array, Array]:
-        product = _einsum("bpgf,bgkf->bpgk", dy, matrices[:, region], precision)
+        product = wide_einsum("bpgf,bgkf->bpgk", dy, matrices[:, region], precision)
         dpatches = jnp.where(chosen == region, product, dpatches)
         return dpatches, (product * patches.astype(product.dtype)).sum(axis=(-1, -2))
 
@@ -76,7 +76,7 @@ def multiply_backward(
     rows, drows = _rows(patches, blocks.position), _rows(dy, blocks.position)
 
     def add_block(dmatrices: Array, block: Array) -> tuple[Array, None]:
-        product = _einsum("btgk,btgf->bgkf", rows[:, block], drows[:, block], precision)
+        product = wide_einsum("btgk,btgf->bgkf", rows[:, block], drows[:, block], precision)
         add = jax.vmap(lambda sums, region, product: sums.at[region].add(product))
         return add(dmatrices, blocks.region[:, block], product), None
 
@@ -147,20 +147,6 @@ def _never_empty(values: Array, axis: int) -> Array:
     if isinstance(values.shape[axis], int):
         return values
     return jnp.pad(values, [(0, int(i == axis)) for i in range(values.ndim)])
-
-
-def _einsum(equation: str, a: Array, b: Array, precision: Any) -> Array:
-    wide = accumulator(a.dtype)
-
-    def product(a: Array, b: Array) -> Array:
-        return jnp.einsum(equation, a, b, precision=precision, preferred_element_type=wide)
-
-    if a.dtype == wide:
-        return product(a, b)
-    # XLA's CPU backend has no batched product of bfloat16 values with a float32 result.
-    return jax.lax.platform_dependent(
-        a, b, cpu=lambda a, b: product(a.astype(wide), b.astype(wide)), default=product
-    )
 
 
 blocked = Products(multiply, multiply_backward)

@@ -23,9 +23,9 @@ from drconv_jax.region_conv.mixture import Mixture
 OPERATIONS_PER_BYTE = 240
 """Of a TPU v5e in bfloat16, 197e12 / 819e9; an H100 has 295, an H200 206."""
 
-PASSES_TO_SORT = 4
+PASSES_TO_SORT = 11
 """How often positions go through memory, beyond reading x and writing y, to be sorted by region and
-back: both sides of two gathers."""
+back: of `blocked`, by the bytes that the TPU's compiler counts."""
 
 
 class Cost(NamedTuple):
@@ -56,20 +56,22 @@ def defaults(platform: str, x: Any, filters: Any, guide_features: Any) -> tuple[
         return ("cpu", "blocked")
     one_region = guide_features.shape[-1] == 1
     filters_first = ("select",) if one_region else ("pallas_gpu", "pallas_tpu", "blocked")
-    if not isinstance(filters, Mixture) or filters.bank.shape[0] != 1:
+    # GPUs would store what every expert gets of x, of which there are m times as many where regions
+    # have banks of their own.
+    if not isinstance(filters, Mixture) or (platform != "tpu" and filters.bank.shape[0] > 1):
         return filters_first
+    experts_first = ("experts_first_gpu", "experts_first", *filters_first)
     if not all(isinstance(n, int) for n in (*x.shape, *guide_features.shape)):
-        return ("experts_first", *filters_first)  # an exported program for inputs of any size
+        return experts_first  # an exported program for inputs of any size
     shapes = x, filters, guide_features
-    if experts_first_cost(*shapes).time > filters_first_cost(*shapes).time:
-        return filters_first
-    return ("experts_first_gpu", "experts_first", *filters_first)
+    longer = experts_first_cost(*shapes).time > filters_first_cost(*shapes).time
+    return filters_first if longer else experts_first
 
 
 def experts_first_cost(x: Any, mixture: Any, guide_features: Any) -> Cost:
     """Of mixing what every expert gives."""
     multiply_adds, activations, filter_size = _sizes(x, mixture, guide_features)
-    experts = mixture.bank.shape[1]
+    experts = math.prod(mixture.bank.shape[:2])
     traffic = x.dtype.itemsize * (activations + experts * filter_size)
     return Cost(2 * experts * multiply_adds, traffic)
 

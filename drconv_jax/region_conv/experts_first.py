@@ -29,6 +29,7 @@ from jaxtyping import Array, Float
 from drconv_jax.dtypes import accumulator
 from drconv_jax.guide import region_index
 from drconv_jax.region_conv.mixture import Mixture
+from drconv_jax.region_conv.products import wide_einsum
 from drconv_jax.region_conv.spec import ConvSpec
 
 
@@ -176,21 +177,9 @@ def _matrices(
 def _product(
     equation: str, a: Array, b: Array, precision: jax.lax.Precision | None
 ) -> Float[Array, ...]:
-    """An einsum with sums in float32 or wider; P are the axes of a position, which `a` has."""
+    """`wide_einsum`; P are the axes of a position, which `a` has."""
     positions = "bxyz"[: a.ndim + 1 - len(equation.split(",")[0])]
-    wide = accumulator(a.dtype)
-    multiply = functools.partial(
-        jnp.einsum,
-        equation.replace("P", positions),
-        precision=precision,
-        preferred_element_type=wide,
-    )
-    if a.dtype == wide:
-        return multiply(a, b)
-    # XLA's CPU backend does not do every product of bfloat16 values with a float32 result.
-    return jax.lax.platform_dependent(
-        a, b, cpu=lambda a, b: multiply(a.astype(wide), b.astype(wide)), default=multiply
-    )
+    return wide_einsum(equation.replace("P", positions), a, b, precision)
 
 
 def _outputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Window, tap_views
 from drconv_jax.guide import region_index
 from drconv_jax.region_conv.spec import ConvSpec, takes_given_filters
@@ -48,6 +50,22 @@ def flat_regions(
     """The regions of a sample's positions in one row."""
     index = region_index(guide_features)
     return index.reshape(index.shape[0], math.prod(index.shape[1:]))
+
+
+def wide_einsum(
+    equation: str, a: Array, b: Array, precision: jax.lax.Precision | None
+) -> Float[Array, ...]:
+    """An einsum whose sums and result are in float32 or wider."""
+    wide = accumulator(a.dtype)
+    multiply = functools.partial(
+        jnp.einsum, equation, precision=precision, preferred_element_type=wide
+    )
+    if a.dtype == wide:
+        return multiply(a, b)
+    # XLA's CPU backend does not do every product of bfloat16 values with a float32 result.
+    return jax.lax.platform_dependent(
+        a, b, cpu=lambda a, b: multiply(a.astype(wide), b.astype(wide)), default=multiply
+    )
 
 
 def _anything(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
