@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from drconv_jax import guide_mask
+from drconv_jax import DRConv, guide_mask
 from drconv_jax.geometry import Window, window_of
 from drconv_jax.region_conv import experts_first
 from drconv_jax.region_conv.mixture import Mixture, mix
@@ -249,6 +249,32 @@ def test_the_same_on_tpus(tpus):
     mesh = Mesh(np.array(tpus), ("data",))
     lowered = jax.jit(functools.partial(run, spec)).lower(*over(mesh, arguments))
     assert messages(lowered.compile()) == [("all-reduce", 1)]
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_a_layer_on_a_mesh_of_tpus(tpus, axis_type, kernel):
+    """Under plain `jit`, experts first is what runs, and parameters' gradients are all it sends."""
+    mesh = Mesh(np.array(tpus), ("data",), axis_types=(axis_type,))
+    layer = DRConv(6, (kernel, kernel), regions=3, use_bias=False)
+    by_batch, whole = (NamedSharding(mesh, PartitionSpec(*spec)) for spec in (("data",), ()))
+    x = jax.ShapeDtypeStruct((16, 5, 5, 4), jnp.float32, sharding=by_batch)
+    variables = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole),
+        jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros(x.shape)),
+    )
+
+    def gradients(variables, x):
+        dvariables, dx = jax.grad(lambda *a: jnp.square(layer.apply(*a)).sum(), (0, 1))(
+            variables, x
+        )
+        return jax.lax.with_sharding_constraint(dvariables, whole), dx
+
+    lowered = jax.jit(gradients, out_shardings=(whole, by_batch)).trace(variables, x).lower()
+    assert "tpu_custom_call" not in lowered.as_text() and "while" not in lowered.as_text()
+    sent = messages(lowered.compile())
+    assert {kind for kind, _ in sent} == {"all-reduce"}
+    # What regions share and what each adds have gradients of one sum.
+    assert sum(count for _, count in sent) <= len(jax.tree.leaves(variables))
 
 
 def bytes_accessed(function, *arguments):

@@ -42,7 +42,7 @@ class Cost(NamedTuple):
     @property
     def time(self) -> float:
         """In bytes that could be read meanwhile."""
-        return max(self.bytes, self.operations / OPERATIONS_PER_BYTE)
+        return max(float(self.bytes), self.operations / OPERATIONS_PER_BYTE)
 
 
 def defaults(platform: str, x: Any, filters: Any, guide_features: Any) -> tuple[str, ...]:
