@@ -177,8 +177,9 @@ def test_second_derivatives_and_forward_mode():
             np.testing.assert_allclose(a, b, rtol=0, atol=2e-5 * scale, err_msg=name)
 
 
+@pytest.mark.parametrize("implementation", [None, "experts_first"])
 @pytest.mark.parametrize("bank_too", [True, False])
-def test_many_convolutions_with_mixtures_at_once(bank_too):
+def test_many_convolutions_with_mixtures_at_once(bank_too, implementation):
     (x, mixture, guide), dy, how = draw_layer(1, 3, 4, 3, 4, 2, True)
     twice = lambda a: jnp.stack([a, 2 * a])  # noqa: E731
     if bank_too:
@@ -186,7 +187,7 @@ def test_many_convolutions_with_mixtures_at_once(bank_too):
     else:
         axes, many = Mixture(0, None, None), mixture._replace(weights=twice(mixture.weights))
     together = jax.vmap(
-        lambda x, mixture, guide, dy: with_gradients((x, mixture, guide), dy, how),
+        lambda x, mixture, guide, dy: with_gradients((x, mixture, guide), dy, how, implementation),
         (0, axes, 0, 0),
     )(twice(x), many, twice(guide), twice(dy))
     for i, factor in enumerate((1, 2)):

@@ -311,7 +311,10 @@ def _map(
     # The bank and the bias of a mixture have no batch axis that could become larger.
     no_batch = set(range(2, 1 + call.filters.num_leaves))
     if no_batch and (direction == "backward" or any(axes[i] is not None for i in no_batch)):
-        given = dataclasses.replace(call, filters=jax.tree.structure(0))
+        # Each element of what is mapped has a gradient of the bank for itself: filters are mixed
+        # beforehand, and "blocked" takes them where nothing that is named does.
+        names = (*call.names, "blocked") if call.names else ()
+        given = dataclasses.replace(call, names=names, filters=jax.tree.structure(0))
 
         def run(*args: Array) -> list[Array]:
             return _mixing_first(lambda *a: _bind(direction, given, a), call, args)
