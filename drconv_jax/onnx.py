@@ -28,7 +28,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from drconv_jax import depthwise
+from drconv_jax import fast_cpu
 from drconv_jax.geometry import Window, tap_views
 from drconv_jax.linen import DRConv
 
@@ -183,7 +183,7 @@ def _of_plain_operations(apply: Callable[..., Any]) -> Callable[..., Any]:
             # A bound module is this trace's own copy, and no other call sees the change.
             if isinstance(layer, DRConv):
                 object.__setattr__(layer, "implementation", "select")
-            elif getattr(layer, "conv_general_dilated", None) is depthwise.conv_general_dilated:
+            elif getattr(layer, "conv_general_dilated", None) is fast_cpu.conv_general_dilated:
                 object.__setattr__(layer, "conv_general_dilated", None)
         return call(*args, **kwargs)
 

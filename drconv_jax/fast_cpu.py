@@ -1,0 +1,332 @@
+"""Convolution, max pooling and batch norm that are fast on CPUs too.
+
+What XLA's CPU backend is slow at is written here as what it is fast at. Every other platform gets
+the operations that `jax.lax.conv_general_dilated`, `flax.linen.max_pool` and
+`flax.linen.BatchNorm` give it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax.linen.dtypes import canonicalize_dtype
+from jaxtyping import Array, Float, Num
+
+from drconv_jax.dtypes import accumulator
+from drconv_jax.geometry import Window, dilate, pad_in_reach, tap_views
+from drconv_jax.region_conv.derivatives import with_gradient
+
+Convolution = Callable[[Array, Array], Array]
+"""Of an input (batch, *spatial, in) and a kernel (*kernel, in/groups, features)."""
+
+
+def conv_general_dilated(
+    lhs: Num[Array, "batch *spatial in"],
+    rhs: Num[Array, "*kernel in_per_group features"],
+    window_strides: Sequence[int],
+    padding: str | Sequence[tuple[int, int]],
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **options: Any,
+) -> Num[Array, "batch *out_spatial features"]:
+    """`jax.lax.conv_general_dilated`, for `flax.linen.Conv`'s argument of that name.
+
+    On a CPU, three kinds of convolution without input dilation are computed otherwise than by
+    XLA's: a pointwise one is a product; a depthwise one (as many groups as channels and features)
+    is a sum of shifted products, taken in float32 or wider; and one whose input has an odd number
+    of channels, as that of an image, gets one more channel, of zeros. All others are left to XLA,
+    but for padding that its CPU backend gets wrong (`geometry.pad_in_reach`).
+
+    Example::
+
+      >>> from flax import linen as nn
+      >>> from drconv_jax import fast_cpu
+      >>> layer = nn.Conv(
+      ...     32,
+      ...     (3, 3),
+      ...     feature_group_count=32,
+      ...     conv_general_dilated=fast_cpu.conv_general_dilated,
+      ... )
+
+    Args:
+      lhs: the input, channels last.
+      rhs: the kernel.
+      window_strides, padding, lhs_dilation, rhs_dilation, dimension_numbers, feature_group_count,
+        options: as in `jax.lax.conv_general_dilated`; `dimension_numbers` those of
+        `flax.linen.Conv`, channels last.
+
+    Returns:
+      The output, in the dtype of `lhs`.
+    """
+    *kernel_size, in_per_group, features = rhs.shape
+    dilation = tuple(rhs_dilation or (1,) * len(kernel_size))
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    if not isinstance(padding, str) and any(
+        not 0 <= side < e for pair, e in zip(padding, extent, strict=True) for side in pair
+    ):
+        lhs, padding = pad_in_reach(dilate(lhs, lhs_dilation), padding, extent)
+        lhs_dilation = None
+
+    def by_xla(lhs: Array, rhs: Array) -> Array:
+        return jax.lax.conv_general_dilated(
+            lhs,
+            rhs,
+            window_strides,
+            padding,
+            lhs_dilation,
+            rhs_dilation,
+            dimension_numbers,
+            feature_group_count,
+            **options,
+        )
+
+    dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
+    other_result = options.get("preferred_element_type") not in (None, lhs.dtype)
+    known = all(isinstance(n, int) for n in lhs.shape[1:])
+    if dilated or other_result or not known or not jnp.issubdtype(lhs.dtype, jnp.floating):
+        return by_xla(lhs, rhs)
+    pairs = jax.lax.padtype_to_pads(lhs.shape[1:-1], extent, window_strides, padding) if isinstance(padding, str) else padding
+    pairs = tuple((low, high) for low, high in pairs)
+    window = Window(tuple(kernel_size), tuple(window_strides), pairs, dilation)
+    if window.is_pointwise and feature_group_count == 1:
+        fast = _pointwise(by_xla, options.get("precision"))
+    elif in_per_group == 1 and features == feature_group_count:
+        fast = _depthwise(window, by_xla)
+    elif feature_group_count == 1 and in_per_group % 2 and in_per_group > 1:
+        fast = _with_even_channels(by_xla)
+    else:
+        return by_xla(lhs, rhs)
+    return jax.lax.platform_dependent(lhs, rhs, cpu=fast, default=by_xla)
+
+
+def _pointwise(by_xla: Convolution, precision: Any) -> Convolution:
+    def product(x: Array, kernel: Array) -> Array:
+        return jnp.einsum("...i,io->...o", x, _matrix(kernel), precision=precision)
+
+    def gradient(x: Array, kernel: Array, y: Array, dy: Array) -> tuple[Array, Array]:
+        del y
+        matrix = _matrix(kernel)
+        dx = jnp.einsum("...o,io->...i", dy, matrix, precision=precision)
+        in_features, features = matrix.shape
+        # XLA's CPU backend copies the left operand, transposed. It is the one of fewer channels
+        # here, and the barrier keeps XLA from exchanging them.
+        if in_features <= features:
+            dmatrix = jnp.einsum("...i,...o->io", x, dy, precision=precision)
+        else:
+            transposed = jnp.einsum("...o,...i->oi", dy, x, precision=precision)
+            dmatrix = jax.lax.optimization_barrier(transposed).T
+        return dx, dmatrix.reshape(kernel.shape)
+
+    return with_gradient(product, gradient, by_xla)
+
+
+def _matrix(kernel: Array) -> Array:
+    return kernel.reshape(kernel.shape[-2:])
+
+
+def _with_even_channels(convolution: Convolution) -> Convolution:
+    def padded(x: Array, kernel: Array) -> Array:
+        zero = jnp.zeros((), x.dtype)
+        x = jax.lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 1) + [(0, 1, 0)])
+        kernel = jax.lax.pad(kernel, zero, [(0, 0, 0)] * (kernel.ndim - 2) + [(0, 1, 0), (0, 0, 0)])
+        return convolution(x, kernel)
+
+    def gradient(x: Array, kernel: Array, y: Array, dy: Array) -> tuple[Array, Array]:
+        del y
+        return jax.vjp(convolution, x, kernel)[1](dy)
+
+    return with_gradient(padded, gradient, convolution)
+
+
+def _depthwise(window: Window, by_xla: Convolution) -> Convolution:
+    def forward(x: Array, kernel: Array) -> Array:
+        wide = accumulator(x.dtype)
+        products = (
+            view.astype(wide) * tap.astype(wide)
+            for view, tap in zip(tap_views(x, window), _taps(kernel), strict=True)
+        )
+        return functools.reduce(jnp.add, products).astype(x.dtype)
+
+    def gradient(x: Array, kernel: Array, y: Array, dy: Array) -> tuple[Array, Array]:
+        del y
+        wide = accumulator(x.dtype)
+        taps = _taps(kernel)
+        dx = _sum_over_windows(
+            lambda tap, dy: dy.astype(wide) * taps[tap].astype(wide), [dy], window, x.shape[1:-1]
+        )
+        axes = tuple(range(x.ndim - 1))
+        # One reduction of all products at once: XLA would keep the views that single ones read.
+        products = [view.astype(wide) * dy.astype(wide) for view in tap_views(x, window)]
+        zeros = [jnp.zeros((), wide)] * len(products)
+        dkernel = jax.lax.reduce(products, zeros, lambda a, b: list(map(jnp.add, a, b)), axes)
+        dkernel = jnp.stack(dkernel).reshape(kernel.shape)
+        return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
+
+    return with_gradient(forward, gradient, by_xla)
+
+
+def _taps(kernel: Array) -> list[Array]:
+    """A depthwise kernel's taps in row-major order, each to multiply (batch, *spatial, channels)."""
+    ones = (1,) * (kernel.ndim - 1)
+    return list(kernel.reshape(-1, *ones, kernel.shape[-1]))
+
+
+def _sum_over_windows(
+    part: Callable[..., Array],
+    arrays: Sequence[Array],
+    window: Window,
+    spatial: Sequence[int],
+) -> Array:
+    """At every position of the input, the sum over the windows that read it.
+
+    Args:
+      part: of a tap, counted in row-major order, and of as many arrays as `arrays`, whose positions
+        are windows: what the input's positions get that those windows read by this tap.
+      arrays: (batch, *out_spatial, channels) each.
+      window: the windows.
+      spatial: shape of the input.
+
+    Returns:
+      (batch, *spatial, channels).
+    """
+    # A padded position q = stride * u + phase is read by tap t of window u + (phase - dilation * t)
+    # / stride, where that is whole.
+    axes = range(len(spatial))
+    counts = [
+        -(-(window.padding[i][0] + spatial[i]) // window.strides[i]) for i in axes
+    ]
+    before = [(extent - 1) // stride for extent, stride in zip(window.extent, window.strides)]
+    padded = [
+        jax.lax.pad(
+            a,
+            jnp.zeros((), a.dtype),
+            [(0, 0, 0), *((before[i], counts[i] - a.shape[i + 1], 0) for i in axes), (0, 0, 0)],
+        )
+        for a in arrays
+    ]
+    whole = (arrays[0].shape[0], *counts, arrays[0].shape[-1])
+
+    def of_phase(phase: tuple[int, ...]) -> Array:
+        parts = []
+        for number, tap in enumerate(np.ndindex(*window.kernel_size)):
+            steps = [phase[i] - window.dilation[i] * tap[i] for i in axes]
+            if any(steps[i] % window.strides[i] for i in axes):
+                continue
+            start = [before[i] + steps[i] // window.strides[i] for i in axes]
+            limit = [start[i] + counts[i] for i in axes]
+            views = [
+                jax.lax.slice(a, (0, *start, 0), (a.shape[0], *limit, a.shape[-1])) for a in padded
+            ]
+            parts.append(part(number, *views))
+        return functools.reduce(jnp.add, parts) if parts else jnp.zeros(whole, arrays[0].dtype)
+
+    def interleaved(phase: tuple[int, ...]) -> Array:
+        """All phases of the axes behind those whose phases are given."""
+        axis = len(phase)
+        if axis == len(spatial):
+            return of_phase(phase)
+        parts = [interleaved((*phase, r)) for r in range(window.strides[axis])]
+        stacked = jnp.stack(parts, axis + 2)
+        shape = list(parts[0].shape)
+        shape[axis + 1] *= window.strides[axis]
+        return stacked.reshape(shape)
+
+    everywhere = interleaved(())
+    start = [low for low, _ in window.padding]
+    stop = [low + size for low, size in zip(start, spatial)]
+    return jax.lax.slice(
+        everywhere, (0, *start, 0), (everywhere.shape[0], *stop, everywhere.shape[-1])
+    )
+
+
+def max_pool(
+    inputs: Num[Array, "*batch_spatial channels"],
+    window_shape: Sequence[int],
+    strides: Sequence[int] | None = None,
+    padding: str | Sequence[tuple[int, int]] = "VALID",
+) -> Num[Array, "*batch_out_spatial channels"]:
+    """`flax.linen.max_pool`; on a CPU a maximum of shifted views.
+
+    Its gradient goes to the first of a window's largest values, as that of XLA's does.
+
+    Args:
+      inputs, window_shape, strides, padding: as in `flax.linen.max_pool`.
+    """
+    window_shape = tuple(window_shape)
+    strides = tuple(strides or (1,) * len(window_shape))
+    by_xla = functools.partial(
+        nn.max_pool, window_shape=window_shape, strides=strides, padding=padding
+    )
+    spatial = inputs.shape[-len(window_shape) - 1 : -1]
+    if inputs.ndim != len(window_shape) + 2 or not all(isinstance(n, int) for n in spatial) or not jnp.issubdtype(inputs.dtype, jnp.floating):
+        return by_xla(inputs)
+    pairs = jax.lax.padtype_to_pads(spatial, window_shape, strides, padding) if isinstance(padding, str) else padding
+    pairs = tuple((low, high) for low, high in pairs)
+    window = Window(window_shape, strides, pairs, (1,) * len(window_shape))
+
+    def views(x: Array) -> list[Array]:
+        low = jnp.asarray(-jnp.inf, x.dtype)
+        x = jax.lax.pad(x, low, [(0, 0, 0), *((*pair, 0) for pair in pairs), (0, 0, 0)])
+        return tap_views(x, Window(window_shape, strides, ((0, 0),) * len(pairs), window.dilation))
+
+    def forward(x: Array) -> Array:
+        return functools.reduce(jnp.maximum, views(x))
+
+    def gradient(x: Array, y: Array, dy: Array) -> tuple[Array]:
+        first, *others = views(x)
+        largest, chosen = first, jnp.zeros(y.shape, jnp.int32)
+        for tap, view in enumerate(others, start=1):
+            chosen = jnp.where(view > largest, tap, chosen)
+            largest = jnp.maximum(view, largest)
+
+        def part(tap: int, dy: Array, chosen: Array) -> Array:
+            return jnp.where(chosen == tap, dy, jnp.zeros((), dy.dtype))
+
+        return (_sum_over_windows(part, [dy, chosen], window, spatial),)
+
+    fast = with_gradient(forward, gradient, by_xla)
+    return jax.lax.platform_dependent(inputs, cpu=fast, default=by_xla)
+
+
+class BatchNorm(nn.BatchNorm):
+    """`flax.linen.BatchNorm`, with the same fields, parameters and statistics."""
+
+    @nn.compact
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        axes = tuple(range(x.ndim - 1))
+        shape = (x.shape[-1],)
+        wide = jnp.promote_types(self.dtype or x.dtype, jnp.float32)
+        running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
+        running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
+        if average:
+            mean, var = running_mean.value, running_var.value
+        else:
+            v = x.astype(wide)
+            mean = v.mean(axes)
+            var = jnp.maximum(0.0, (v*v).mean(axes) - mean*mean)
+            if not self.is_initializing():
+                for running, value in ((running_mean, mean), (running_var, var)):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * value
+        scale = self.param("scale", self.scale_init, shape, self.param_dtype)
+        bias = self.param("bias", self.bias_init, shape, self.param_dtype)
+        dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
+        a = jax.lax.rsqrt(var + self.epsilon) * scale
+        b = bias - mean * a
+        e = lambda z: jnp.expand_dims(z, axes)
+        default = lambda x, mean, var, scale, bias: ((x - e(mean)) * e(jax.lax.rsqrt(var + self.epsilon) * scale) + e(bias)).astype(dtype)
+        def fast(x, mean, var, scale, bias):
+            a = jax.lax.rsqrt(var + self.epsilon) * scale
+            b = bias - mean * a
+            return (x * e(a) + e(b)).astype(dtype)
+        return jax.lax.platform_dependent(x, mean, var, scale, bias, cpu=fast, default=default)
