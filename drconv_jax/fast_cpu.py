@@ -100,8 +100,8 @@ def conv_general_dilated(
         fast = _pointwise(by_xla, options.get("precision"))
     elif in_per_group == 1 and features == feature_group_count:
         fast = _depthwise(window, by_xla)
-    elif feature_group_count == 1 and in_per_group % 2 and in_per_group > 1:
-        fast = _with_even_channels(by_xla)
+    elif feature_group_count == 1 and in_per_group == 3:
+        fast = _of_images(window, by_xla, options.get("precision"))
     else:
         return by_xla(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=fast, default=by_xla)
@@ -118,7 +118,7 @@ def _pointwise(by_xla: Convolution, precision: Any) -> Convolution:
         in_features, features = matrix.shape
         # XLA's CPU backend copies the left operand, transposed. It is the one of fewer channels
         # here, and the barrier keeps XLA from exchanging them.
-        if in_features <= features:
+        if in_features < features:
             dmatrix = jnp.einsum("...i,...o->io", x, dy, precision=precision)
         else:
             transposed = jnp.einsum("...o,...i->oi", dy, x, precision=precision)
@@ -132,18 +132,25 @@ def _matrix(kernel: Array) -> Array:
     return kernel.reshape(kernel.shape[-2:])
 
 
-def _with_even_channels(convolution: Convolution) -> Convolution:
-    def padded(x: Array, kernel: Array) -> Array:
+def _of_images(window: Window, by_xla: Convolution, precision: Any) -> Convolution:
+    def with_four_channels(x: Array, kernel: Array) -> Array:
         zero = jnp.zeros((), x.dtype)
         x = jax.lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 1) + [(0, 1, 0)])
         kernel = jax.lax.pad(kernel, zero, [(0, 0, 0)] * (kernel.ndim - 2) + [(0, 1, 0), (0, 0, 0)])
-        return convolution(x, kernel)
+        return by_xla(x, kernel)
 
     def gradient(x: Array, kernel: Array, y: Array, dy: Array) -> tuple[Array, Array]:
         del y
-        return jax.vjp(convolution, x, kernel)[1](dy)
+        (dx,) = jax.linear_transpose(lambda x: by_xla(x, kernel), x)(dy)
+        # Channels first, that a product need not transpose what it sums over.
+        planes = jnp.moveaxis(x, -1, 0)
+        views = [v[..., 0] for v in tap_views(planes.reshape(-1, *planes.shape[2:], 1), window)]
+        views = [v.reshape(x.shape[-1], -1) for v in views]
+        patches = jnp.concatenate(views)
+        dkernel = jnp.matmul(patches, dy.reshape(-1, dy.shape[-1]), precision=precision)
+        return dx, dkernel.reshape(kernel.shape)
 
-    return with_gradient(padded, gradient, convolution)
+    return with_gradient(with_four_channels, gradient, by_xla)
 
 
 def _depthwise(window: Window, by_xla: Convolution) -> Convolution:
@@ -162,12 +169,14 @@ def _depthwise(window: Window, by_xla: Convolution) -> Convolution:
         dx = _sum_over_windows(
             lambda tap, dy: dy.astype(wide) * taps[tap].astype(wide), [dy], window, x.shape[1:-1]
         )
-        axes = tuple(range(x.ndim - 1))
-        # One reduction of all products at once: XLA would keep the views that single ones read.
+        # One reduction of all products at once, of which none is stored. The sum over the batch is
+        # one of its own, that XLA may part the batch among threads and devices.
         products = [view.astype(wide) * dy.astype(wide) for view in tap_views(x, window)]
         zeros = [jnp.zeros((), wide)] * len(products)
-        dkernel = jax.lax.reduce(products, zeros, lambda a, b: list(map(jnp.add, a, b)), axes)
-        dkernel = jnp.stack(dkernel).reshape(kernel.shape)
+        by_sample = jax.lax.reduce(
+            products, zeros, lambda a, b: list(map(jnp.add, a, b)), range(1, x.ndim - 1)
+        )
+        dkernel = jnp.stack(by_sample).sum(axis=1).reshape(kernel.shape)
         return dx.astype(x.dtype), dkernel.astype(kernel.dtype)
 
     return with_gradient(forward, gradient, by_xla)
