@@ -101,7 +101,7 @@ def conv_general_dilated(
     elif in_per_group == 1 and features == feature_group_count:
         fast = _depthwise(window, by_xla)
     elif feature_group_count == 1 and in_per_group == 3:
-        fast = _of_images(window, by_xla, options.get("precision"))
+        fast = _of_images(by_xla)
     else:
         return by_xla(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=fast, default=by_xla)
@@ -132,7 +132,7 @@ def _matrix(kernel: Array) -> Array:
     return kernel.reshape(kernel.shape[-2:])
 
 
-def _of_images(window: Window, by_xla: Convolution, precision: Any) -> Convolution:
+def _of_images(by_xla: Convolution) -> Convolution:
     def with_four_channels(x: Array, kernel: Array) -> Array:
         zero = jnp.zeros((), x.dtype)
         x = jax.lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 1) + [(0, 1, 0)])
@@ -141,14 +141,7 @@ def _of_images(window: Window, by_xla: Convolution, precision: Any) -> Convoluti
 
     def gradient(x: Array, kernel: Array, y: Array, dy: Array) -> tuple[Array, Array]:
         del y
-        (dx,) = jax.linear_transpose(lambda x: by_xla(x, kernel), x)(dy)
-        # Channels first, that a product need not transpose what it sums over.
-        planes = jnp.moveaxis(x, -1, 0)
-        views = [v[..., 0] for v in tap_views(planes.reshape(-1, *planes.shape[2:], 1), window)]
-        views = [v.reshape(x.shape[-1], -1) for v in views]
-        patches = jnp.concatenate(views)
-        dkernel = jnp.matmul(patches, dy.reshape(-1, dy.shape[-1]), precision=precision)
-        return dx, dkernel.reshape(kernel.shape)
+        return jax.vjp(by_xla, x, kernel)[1](dy)
 
     return with_gradient(with_four_channels, gradient, by_xla)
 
@@ -165,10 +158,13 @@ def _depthwise(window: Window, by_xla: Convolution) -> Convolution:
     def gradient(x: Array, kernel: Array, y: Array, dy: Array) -> tuple[Array, Array]:
         del y
         wide = accumulator(x.dtype)
-        taps = _taps(kernel)
-        dx = _sum_over_windows(
-            lambda tap, dy: dy.astype(wide) * taps[tap].astype(wide), [dy], window, x.shape[1:-1]
-        )
+        weights = kernel.astype(wide).reshape(-1, kernel.shape[-1])
+        weights = jnp.concatenate([weights, jnp.zeros_like(weights[:1])])  # the tap -1 has none
+
+        def part(tap: np.ndarray, dy: Array) -> Array:
+            return dy.astype(wide) * weights[tap[..., 0]]
+
+        dx = _sum_over_windows(part, [dy], window, x.shape[1:-1])
         # One reduction of all products at once, of which none is stored. The sum over the batch is
         # one of its own, that XLA may part the batch among threads and devices.
         products = [view.astype(wide) * dy.astype(wide) for view in tap_views(x, window)]
@@ -196,9 +192,13 @@ def _sum_over_windows(
 ) -> Array:
     """At every position of the input, the sum over the windows that read it.
 
+    Positions are dealt out by their phase: a padded position is strides * u + phase, and the window
+    u - back reads it by the tap of offset strides * back + phase, if there is one.
+
     Args:
-      part: of a tap, counted in row-major order, and of as many arrays as `arrays`, whose positions
-        are windows: what the input's positions get that those windows read by this tap.
+      part: what the windows give to the positions that they read. Its arguments are the tap by which
+        they do, counted in row-major order and -1 where there is none, (1, 1, phases, 1, phases, 1)
+        in two dimensions; and `arrays` at those windows, (batch, u, 1, u, 1, channels).
       arrays: (batch, *out_spatial, channels) each.
       window: the windows.
       spatial: shape of the input.
@@ -206,54 +206,52 @@ def _sum_over_windows(
     Returns:
       (batch, *spatial, channels).
     """
-    # A padded position q = stride * u + phase is read by tap t of window u + (phase - dilation * t)
-    # / stride, where that is whole.
     axes = range(len(spatial))
-    counts = [
-        -(-(window.padding[i][0] + spatial[i]) // window.strides[i]) for i in axes
-    ]
-    before = [(extent - 1) // stride for extent, stride in zip(window.extent, window.strides)]
+    counts = [-(-(window.padding[i][0] + spatial[i]) // window.strides[i]) for i in axes]
+    furthest = [(window.extent[i] - 1) // window.strides[i] for i in axes]
     padded = [
         jax.lax.pad(
             a,
             jnp.zeros((), a.dtype),
-            [(0, 0, 0), *((before[i], counts[i] - a.shape[i + 1], 0) for i in axes), (0, 0, 0)],
+            [(0, 0, 0), *((furthest[i], counts[i] - a.shape[i + 1], 0) for i in axes), (0, 0, 0)],
         )
         for a in arrays
     ]
-    whole = (arrays[0].shape[0], *counts, arrays[0].shape[-1])
-
-    def of_phase(phase: tuple[int, ...]) -> Array:
-        parts = []
-        for number, tap in enumerate(np.ndindex(*window.kernel_size)):
-            steps = [phase[i] - window.dilation[i] * tap[i] for i in axes]
-            if any(steps[i] % window.strides[i] for i in axes):
-                continue
-            start = [before[i] + steps[i] // window.strides[i] for i in axes]
-            limit = [start[i] + counts[i] for i in axes]
-            views = [
-                jax.lax.slice(a, (0, *start, 0), (a.shape[0], *limit, a.shape[-1])) for a in padded
-            ]
-            parts.append(part(number, *views))
-        return functools.reduce(jnp.add, parts) if parts else jnp.zeros(whole, arrays[0].dtype)
-
-    def interleaved(phase: tuple[int, ...]) -> Array:
-        """All phases of the axes behind those whose phases are given."""
-        axis = len(phase)
-        if axis == len(spatial):
-            return of_phase(phase)
-        parts = [interleaved((*phase, r)) for r in range(window.strides[axis])]
-        stacked = jnp.stack(parts, axis + 2)
-        shape = list(parts[0].shape)
-        shape[axis + 1] *= window.strides[axis]
-        return stacked.reshape(shape)
-
-    everywhere = interleaved(())
+    phase_axes = tuple(2 * i + 2 for i in axes)
+    total: Any = 0
+    for back in np.ndindex(*(f + 1 for f in furthest)):
+        taps = _taps_by_phase(window, back)
+        if (taps < 0).all():
+            continue
+        views = padded
+        for i in axes:
+            start = furthest[i] - back[i]
+            views = [jax.lax.slice_in_dim(v, start, start + counts[i], axis=i + 1) for v in views]
+        others = tuple(range(0, 2 * len(spatial) + 1, 1))
+        taps = taps.reshape(1, *(n for s in window.strides for n in (1, s)), 1)
+        total = total + part(taps, *(jnp.expand_dims(v, phase_axes) for v in views))
+    everywhere = total.reshape(
+        total.shape[0], *(c * s for c, s in zip(counts, window.strides)), total.shape[-1]
+    )
     start = [low for low, _ in window.padding]
     stop = [low + size for low, size in zip(start, spatial)]
     return jax.lax.slice(
         everywhere, (0, *start, 0), (everywhere.shape[0], *stop, everywhere.shape[-1])
     )
+
+
+def _taps_by_phase(window: Window, back: Sequence[int]) -> np.ndarray:
+    """The tap of offset strides * back + phase at every phase, (*strides); -1 where there is none."""
+    number = np.zeros(window.strides, int)
+    exists = np.ones(window.strides, bool)
+    for phase in np.ndindex(*window.strides):
+        for axis, (kernel, stride, dilation) in enumerate(
+            zip(window.kernel_size, window.strides, window.dilation, strict=True)
+        ):
+            tap, between = divmod(stride * back[axis] + phase[axis], dilation)
+            exists[phase] &= not between and tap < kernel
+            number[phase] = number[phase] * kernel + tap
+    return np.where(exists, number, -1)
 
 
 def max_pool(
@@ -296,7 +294,7 @@ def max_pool(
             chosen = jnp.where(view > largest, tap, chosen)
             largest = jnp.maximum(view, largest)
 
-        def part(tap: int, dy: Array, chosen: Array) -> Array:
+        def part(tap: np.ndarray, dy: Array, chosen: Array) -> Array:
             return jnp.where(chosen == tap, dy, jnp.zeros((), dy.dtype))
 
         return (_sum_over_windows(part, [dy, chosen], window, spatial),)
