@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
-from jaxtyping import Array, Float, Num
+from flax.typing import Dtype
+from jaxtyping import Array, Num
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.geometry import Window, dilate, pad_in_reach, tap_views
@@ -41,8 +42,8 @@ def conv_general_dilated(
 
     On a CPU, three kinds of convolution without input dilation are computed otherwise than by
     XLA's: a pointwise one is a product; a depthwise one (as many groups as channels and features)
-    is a sum of shifted products, taken in float32 or wider; and one whose input has an odd number
-    of channels, as that of an image, gets one more channel, of zeros. All others are left to XLA,
+    is a sum of shifted products, taken in float32 or wider; and one of three channels, as an image
+    has, gets a fourth, of zeros. All others are left to XLA,
     but for padding that its CPU backend gets wrong (`geometry.pad_in_reach`).
 
     Example::
@@ -93,8 +94,7 @@ def conv_general_dilated(
     known = all(isinstance(n, int) for n in lhs.shape[1:])
     if dilated or other_result or not known or not jnp.issubdtype(lhs.dtype, jnp.floating):
         return by_xla(lhs, rhs)
-    pairs = jax.lax.padtype_to_pads(lhs.shape[1:-1], extent, window_strides, padding) if isinstance(padding, str) else padding
-    pairs = tuple((low, high) for low, high in pairs)
+    pairs = _padding_pairs(padding, lhs.shape[1:-1], extent, window_strides)
     window = Window(tuple(kernel_size), tuple(window_strides), pairs, dilation)
     if window.is_pointwise and feature_group_count == 1:
         fast = _pointwise(by_xla, options.get("precision"))
@@ -105,6 +105,17 @@ def conv_general_dilated(
     else:
         return by_xla(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=fast, default=by_xla)
+
+
+def _padding_pairs(
+    padding: str | Sequence[tuple[int, int]],
+    spatial: Sequence[int],
+    extent: Sequence[int],
+    strides: Sequence[int],
+) -> tuple[tuple[int, int], ...]:
+    if isinstance(padding, str):
+        padding = jax.lax.padtype_to_pads(spatial, extent, strides, padding)
+    return tuple((low, high) for low, high in padding)
 
 
 def _pointwise(by_xla: Convolution, precision: Any) -> Convolution:
@@ -118,7 +129,7 @@ def _pointwise(by_xla: Convolution, precision: Any) -> Convolution:
         in_features, features = matrix.shape
         # XLA's CPU backend copies the left operand, transposed. It is the one of fewer channels
         # here, and the barrier keeps XLA from exchanging them.
-        if in_features < features:
+        if 4 * in_features < features:
             dmatrix = jnp.einsum("...i,...o->io", x, dy, precision=precision)
         else:
             transposed = jnp.einsum("...o,...i->oi", dy, x, precision=precision)
@@ -133,6 +144,11 @@ def _matrix(kernel: Array) -> Array:
 
 
 def _of_images(by_xla: Convolution) -> Convolution:
+    """XLA's CPU backend is several times faster at four channels than at three.
+
+    It is not for the kernel's gradient.
+    """
+
     def with_four_channels(x: Array, kernel: Array) -> Array:
         zero = jnp.zeros((), x.dtype)
         x = jax.lax.pad(x, zero, [(0, 0, 0)] * (x.ndim - 1) + [(0, 1, 0)])
@@ -179,7 +195,7 @@ def _depthwise(window: Window, by_xla: Convolution) -> Convolution:
 
 
 def _taps(kernel: Array) -> list[Array]:
-    """A depthwise kernel's taps in row-major order, each to multiply (batch, *spatial, channels)."""
+    """A depthwise kernel's taps in row-major order, of shape (1, ..., 1, channels) each."""
     ones = (1,) * (kernel.ndim - 1)
     return list(kernel.reshape(-1, *ones, kernel.shape[-1]))
 
@@ -196,9 +212,10 @@ def _sum_over_windows(
     u - back reads it by the tap of offset strides * back + phase, if there is one.
 
     Args:
-      part: what the windows give to the positions that they read. Its arguments are the tap by which
-        they do, counted in row-major order and -1 where there is none, (1, 1, phases, 1, phases, 1)
-        in two dimensions; and `arrays` at those windows, (batch, u, 1, u, 1, channels).
+      part: what windows give to the positions that they read. Its arguments are the tap by which
+        they do, counted in row-major order, -1 where there is none, of shape
+        (1, 1, phases, 1, phases, 1) in two dimensions; and `arrays` at those windows, of shape
+        (batch, u, 1, u, 1, channels).
       arrays: (batch, *out_spatial, channels) each.
       window: the windows.
       spatial: shape of the input.
@@ -227,21 +244,22 @@ def _sum_over_windows(
         for i in axes:
             start = furthest[i] - back[i]
             views = [jax.lax.slice_in_dim(v, start, start + counts[i], axis=i + 1) for v in views]
-        others = tuple(range(0, 2 * len(spatial) + 1, 1))
         taps = taps.reshape(1, *(n for s in window.strides for n in (1, s)), 1)
         total = total + part(taps, *(jnp.expand_dims(v, phase_axes) for v in views))
     everywhere = total.reshape(
-        total.shape[0], *(c * s for c, s in zip(counts, window.strides)), total.shape[-1]
+        total.shape[0],
+        *(c * s for c, s in zip(counts, window.strides, strict=True)),
+        total.shape[-1],
     )
     start = [low for low, _ in window.padding]
-    stop = [low + size for low, size in zip(start, spatial)]
+    stop = [low + size for low, size in zip(start, spatial, strict=True)]
     return jax.lax.slice(
         everywhere, (0, *start, 0), (everywhere.shape[0], *stop, everywhere.shape[-1])
     )
 
 
 def _taps_by_phase(window: Window, back: Sequence[int]) -> np.ndarray:
-    """The tap of offset strides * back + phase at every phase, (*strides); -1 where there is none."""
+    """At every phase, (*strides), the tap of offset strides * back + phase; -1 where none is."""
     number = np.zeros(window.strides, int)
     exists = np.ones(window.strides, bool)
     for phase in np.ndindex(*window.strides):
@@ -273,10 +291,11 @@ def max_pool(
         nn.max_pool, window_shape=window_shape, strides=strides, padding=padding
     )
     spatial = inputs.shape[-len(window_shape) - 1 : -1]
-    if inputs.ndim != len(window_shape) + 2 or not all(isinstance(n, int) for n in spatial) or not jnp.issubdtype(inputs.dtype, jnp.floating):
+    known = all(isinstance(n, int) for n in inputs.shape[1:])
+    floating = jnp.issubdtype(inputs.dtype, jnp.floating)
+    if inputs.ndim != len(window_shape) + 2 or not known or not floating:
         return by_xla(inputs)
-    pairs = jax.lax.padtype_to_pads(spatial, window_shape, strides, padding) if isinstance(padding, str) else padding
-    pairs = tuple((low, high) for low, high in pairs)
+    pairs = _padding_pairs(padding, spatial, window_shape, strides)
     window = Window(window_shape, strides, pairs, (1,) * len(window_shape))
 
     def views(x: Array) -> list[Array]:
@@ -304,36 +323,85 @@ def max_pool(
 
 
 class BatchNorm(nn.BatchNorm):
-    """`flax.linen.BatchNorm`, with the same fields, parameters and statistics."""
+    """`flax.linen.BatchNorm`: the same fields, parameters, statistics and results.
+
+    On a CPU it is computed as scale * x + shift with one scale and one shift a channel, whose
+    gradient needs x alone. Flax's x - mean, which its gradient needs too, XLA would store. What is
+    rarely used (a mask, other axes than the last, slow variance, no scale or no bias) is Flax's.
+    """
 
     @nn.compact
-    def __call__(self, x, use_running_average=None, *, mask=None):
-        average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
+    def __call__(
+        self,
+        x: Num[Array, "*batch channels"],
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+    ) -> Num[Array, "*batch channels"]:
+        """As `flax.linen.BatchNorm`."""
+        usual = (
+            mask is None
+            and self.axis in (-1, x.ndim - 1)
+            and jnp.issubdtype(x.dtype, jnp.floating)
+            and self.use_fast_variance
+            and self.force_float32_reductions
+            and self.use_scale
+            and self.use_bias
         )
-        axes = tuple(range(x.ndim - 1))
+        if not usual:
+            result: Array = super().__call__(x, use_running_average, mask=mask)
+            return result
         shape = (x.shape[-1],)
-        wide = jnp.promote_types(self.dtype or x.dtype, jnp.float32)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, shape, jnp.float32)
         running_var = self.variable("batch_stats", "var", jnp.ones, shape, jnp.float32)
-        if average:
+        if nn.merge_param("use_running_average", self.use_running_average, use_running_average):
             mean, var = running_mean.value, running_var.value
         else:
-            v = x.astype(wide)
-            mean = v.mean(axes)
-            var = jnp.maximum(0.0, (v*v).mean(axes) - mean*mean)
+            mean, var = self._moments(x)
             if not self.is_initializing():
-                for running, value in ((running_mean, mean), (running_var, var)):
-                    running.value = self.momentum * running.value + (1 - self.momentum) * value
+                for running, new in ((running_mean, mean), (running_var, var)):
+                    running.value = self.momentum * running.value + (1 - self.momentum) * new
         scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         dtype = canonicalize_dtype(x, scale, bias, dtype=self.dtype)
-        a = jax.lax.rsqrt(var + self.epsilon) * scale
-        b = bias - mean * a
-        e = lambda z: jnp.expand_dims(z, axes)
-        default = lambda x, mean, var, scale, bias: ((x - e(mean)) * e(jax.lax.rsqrt(var + self.epsilon) * scale) + e(bias)).astype(dtype)
-        def fast(x, mean, var, scale, bias):
-            a = jax.lax.rsqrt(var + self.epsilon) * scale
-            b = bias - mean * a
-            return (x * e(a) + e(b)).astype(dtype)
-        return jax.lax.platform_dependent(x, mean, var, scale, bias, cpu=fast, default=default)
+        functions = [
+            functools.partial(function, epsilon=self.epsilon, dtype=dtype)
+            for function in (_scaled_and_shifted, _normalized)
+        ]
+        fast, default = functions
+        normalized: Array = jax.lax.platform_dependent(
+            x, mean, var, scale, bias, cpu=fast, default=default
+        )
+        return normalized
+
+    def _moments(self, x: Array) -> tuple[Array, Array]:
+        """Mean and variance over all axes but the last, and over devices if an axis is named."""
+        x = x.astype(accumulator(self.dtype or x.dtype))
+        axes = tuple(range(x.ndim - 1))
+        mean, square = x.mean(axes), jnp.square(x).mean(axes)
+        if self.axis_name is not None and not self.is_initializing():
+            mean, square = jax.lax.pmean(
+                jnp.stack([mean, square]), self.axis_name, axis_index_groups=self.axis_index_groups
+            )
+        return mean, jnp.maximum(0.0, square - jnp.square(mean))
+
+
+def _normalized(
+    x: Array, mean: Array, var: Array, scale: Array, bias: Array, *, epsilon: float, dtype: Dtype
+) -> Array:
+    """As Flax computes it."""
+    mean, var, scale, bias = (
+        jnp.expand_dims(v, range(x.ndim - 1)) for v in (mean, var, scale, bias)
+    )
+    y = (x.astype(accumulator(x.dtype)) - mean) * (jax.lax.rsqrt(var + epsilon) * scale)
+    return (y + bias).astype(dtype)
+
+
+def _scaled_and_shifted(
+    x: Array, mean: Array, var: Array, scale: Array, bias: Array, *, epsilon: float, dtype: Dtype
+) -> Array:
+    """The same, of which JAX's gradient needs no array of the size of x but x."""
+    scale = jax.lax.rsqrt(var + epsilon) * scale
+    shift = bias - mean * scale
+    scale, shift = (jnp.expand_dims(v, range(x.ndim - 1)) for v in (scale, shift))
+    return (x.astype(accumulator(x.dtype)) * scale + shift).astype(dtype)
