@@ -178,10 +178,9 @@ def _of_plain_operations(apply: Callable[..., Any]) -> Callable[..., Any]:
         context: InterceptorContext,
     ) -> Any:
         layer = context.module
-        if context.method_name == "__call__":
+        if context.method_name == "__call__" and isinstance(layer, DRConv):
             # A bound module is this trace's own copy, and no other call sees the change.
-            if isinstance(layer, DRConv):
-                object.__setattr__(layer, "implementation", "select")
+            object.__setattr__(layer, "implementation", "select")
         return call(*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
