@@ -390,9 +390,8 @@ def _normalized(
     x: Array, mean: Array, var: Array, scale: Array, bias: Array, *, epsilon: float, dtype: Dtype
 ) -> Array:
     """As Flax computes it."""
-    mean, var, scale, bias = (
-        jnp.expand_dims(v, range(x.ndim - 1)) for v in (mean, var, scale, bias)
-    )
+    mean, var = (jnp.expand_dims(v, range(x.ndim - 1)) for v in (mean, var))
+    scale, bias = (v.reshape(mean.shape) for v in (scale, bias))
     y = (x.astype(accumulator(x.dtype)) - mean) * (jax.lax.rsqrt(var + epsilon) * scale)
     return (y + bias).astype(dtype)
 
