@@ -22,10 +22,13 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.ad_checkpoint import checkpoint_name
 from jax.extend.core import Jaxpr, Var
 
+from drconv_jax import fast_cpu
 from drconv_jax.boxes import unboxed
 from drconv_jax.dtypes import accumulator
 from drconv_jax.functional import Hyperparameters
 from drconv_jax.linen import DRConv
+
+_NORMS = (nn.BatchNorm, fast_cpu.BatchNorm)
 
 Path = tuple[str, ...]
 _Shape = tuple[tuple[int, ...], ...]
@@ -141,7 +144,7 @@ def _trace(
         context: InterceptorContext,
     ) -> Any:
         module, path = context.module, context.module.path
-        is_norm = type(module) is nn.BatchNorm
+        is_norm = type(module) in _NORMS
         if context.method_name != "__call__" or not (is_norm or _linear_in(module)):
             return call(*args, **kwargs)
         if is_norm:
@@ -161,7 +164,7 @@ def _trace(
             return model.apply(variables, *args, **kwargs)
 
     jaxpr = jax.make_jaxpr(run)(variables, *args).jaxpr
-    is_norm = {name: type(calls[path].module) is nn.BatchNorm for name, path in paths.items()}
+    is_norm = {name: type(calls[path].module) in _NORMS for name, path in paths.items()}
     times: Counter[str] = Counter()
     chains: list[tuple[str, str]] = []
     for marks, chained in _marks_and_chains(jaxpr, paths):

@@ -1,9 +1,9 @@
 """Networks as ONNX files, by jax2onnx (`pip install '.[onnx]'` in a clone of this repository).
 
 ONNX has no loop that JAX's would fit and no native kernel. Here every DRConv is made of products
-and a select (`implementation="select"`), depthwise convolutions are ONNX's own, max pooling is a
-maximum of shifted inputs, and what narrow numbers are summed up in wide ones is made wide before;
-no number is changed beyond rounding.
+and a select (`implementation="select"`), convolutions are ONNX's own and not what is made for one
+platform, max pooling is a maximum of shifted inputs, and what narrow numbers are summed up in wide
+ones is made wide before; no number is changed beyond rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, jaxpr_as_fun
 from jax.typing import DTypeLike
 from jaxtyping import Array
 
-from drconv_jax import depthwise
 from drconv_jax.geometry import Window, tap_views
 from drconv_jax.linen import DRConv
 
@@ -179,12 +178,9 @@ def _of_plain_operations(apply: Callable[..., Any]) -> Callable[..., Any]:
         context: InterceptorContext,
     ) -> Any:
         layer = context.module
-        if context.method_name == "__call__":
+        if context.method_name == "__call__" and isinstance(layer, DRConv):
             # A bound module is this trace's own copy, and no other call sees the change.
-            if isinstance(layer, DRConv):
-                object.__setattr__(layer, "implementation", "select")
-            elif getattr(layer, "conv_general_dilated", None) is depthwise.conv_general_dilated:
-                object.__setattr__(layer, "conv_general_dilated", None)
+            object.__setattr__(layer, "implementation", "select")
         return call(*args, **kwargs)
 
     def run(*args: Any, **kwargs: Any) -> Any:
@@ -232,9 +228,16 @@ def _call(eqn: JaxprEqn, *operands: Any) -> list[Any]:
 
 
 def _cond(eqn: JaxprEqn, index: Any, *operands: Any) -> Any:
+    if isinstance(index, np.integer):  # of `_platform_index`
+        return _function(eqn.params["branches"][index])(*operands)
     return jax.lax.switch(
         index, [_function(branch) for branch in eqn.params["branches"]], *operands
     )
+
+
+def _platform_index(eqn: JaxprEqn) -> list[Any]:
+    """Of the functions for several platforms, the one for all that are not named."""
+    return [np.int32(eqn.params["platforms"].index(None))]
 
 
 def _while(eqn: JaxprEqn, *operands: Any) -> Any:
@@ -322,5 +325,6 @@ _RULES: Mapping[str, Callable[..., Any]] = {
     "dot_general": _summed_up_wide,
     "conv_general_dilated": _summed_up_wide,
     "reduce_window_max": lambda eqn, x: [_max_pool(x, **eqn.params)],
+    "platform_index": _platform_index,
     "pad": lambda eqn, x, value: [_pad(x, value, **eqn.params)],
 }

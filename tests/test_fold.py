@@ -8,7 +8,7 @@ import pytest
 from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
-from drconv_jax import DRConv, depthwise
+from drconv_jax import DRConv, fast_cpu
 from drconv_jax.fold import fold_batch_norm
 from drconv_jax.models import BlockGuide, ShuffleNetV2, create_model
 
@@ -64,7 +64,7 @@ LAYERS = {
         (3, 3),
         feature_group_count=4,
         use_bias=False,
-        conv_general_dilated=depthwise.conv_general_dilated,
+        conv_general_dilated=fast_cpu.conv_general_dilated,
     ),
     "dense": nn.Dense(6),
     "pooled": DRConv(

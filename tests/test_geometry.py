@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.test_util import check_grads
 
-from drconv_jax import DRConv, depthwise, region_conv
+from drconv_jax import DRConv, fast_cpu, region_conv
 from drconv_jax.geometry import pad_in_reach
 
 KEY = jax.random.key(0)
@@ -49,7 +49,7 @@ PADDINGS = [
 
 
 def plain(**fields):
-    return nn.Conv(4, (2, 2), conv_general_dilated=depthwise.conv_general_dilated, **fields)
+    return nn.Conv(4, (2, 2), conv_general_dilated=fast_cpu.conv_general_dilated, **fields)
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_a_convolution_for_flax_under_negative_padding(groups, dilation, padding
         padding=padding,
         input_dilation=dilation,
         feature_group_count=groups,
-        conv_general_dilated=depthwise.conv_general_dilated,
+        conv_general_dilated=fast_cpu.conv_general_dilated,
     )
     interior = [(0, 0, 0), *[(0, 0, dilation - 1)] * 2, (0, 0, 0)]
     larger = padded(jax.lax.pad(X, 0.0, interior), padding)

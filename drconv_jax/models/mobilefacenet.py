@@ -9,6 +9,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from drconv_jax import fast_cpu
 from drconv_jax.checks import check_count, check_counts
 from drconv_jax.models.parts import (
     BlockGuide,
@@ -184,5 +185,6 @@ class MobileFaceNet(nn.Module):
             feature_group_count=_STEM_CHANNELS,
             use_bias=False,
             dtype=self.dtype,
+            conv_general_dilated=fast_cpu.conv_general_dilated,
             name="stem_depthwise",
         )(x)

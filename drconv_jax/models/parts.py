@@ -15,7 +15,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
-from drconv_jax import depthwise
+from drconv_jax import fast_cpu
 from drconv_jax.checks import check_count
 from drconv_jax.guide import grid_features
 
@@ -49,7 +49,7 @@ def conv(
     dtype: Dtype | None = None,
     guide: GuideFor | None = None,
 ) -> Float[Array, "batch out_height out_width features"]:
-    """A convolution, zero-padded by half of its kernel on every side.
+    """A convolution, zero-padded by half of its kernel on every side; nn.Conv is fast on CPUs too.
 
     Args:
       x: its input.
@@ -61,6 +61,8 @@ def conv(
       dtype: of the computation.
       guide: makes the guide features that the module is given besides x.
     """
+    if make is nn.Conv:
+        make = functools.partial(nn.Conv, conv_general_dilated=fast_cpu.conv_general_dilated)
     module = make(
         features,
         (kernel, kernel),
@@ -94,7 +96,7 @@ def depthwise_conv(
         feature_group_count=channels,
         use_bias=False,
         dtype=dtype,
-        conv_general_dilated=depthwise.conv_general_dilated,
+        conv_general_dilated=fast_cpu.conv_general_dilated,
         name=name,
     )
     return module(x)
@@ -104,7 +106,7 @@ def norm(
     x: Float[Array, "*batch channels"], name: str, *, train: bool, dtype: Dtype | None = None
 ) -> Float[Array, "*batch channels"]:
     """Batch norm with the statistics' momentum and the epsilon of the public networks."""
-    module = nn.BatchNorm(
+    module = fast_cpu.BatchNorm(
         use_running_average=not train, momentum=0.9, epsilon=1e-5, dtype=dtype, name=name
     )
     return module(x)

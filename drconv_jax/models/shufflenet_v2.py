@@ -15,6 +15,7 @@ from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
+from drconv_jax import fast_cpu
 from drconv_jax.checks import check_counts
 from drconv_jax.models.parts import (
     BlockGuide,
@@ -167,7 +168,7 @@ class ShuffleNetV2(nn.Module):
         x = nn.relu(norm(x, "stem_norm", train=train, dtype=self.dtype))
         stride, maps = strides, {strides: x}
         if pool_strides > 1:
-            x = nn.max_pool(x, (3, 3), (pool_strides, pool_strides), ((1, 1), (1, 1)))
+            x = fast_cpu.max_pool(x, (3, 3), (pool_strides, pool_strides), ((1, 1), (1, 1)))
             stride *= pool_strides
             maps[stride] = x
         for stage, (channels, count) in enumerate(zip(stages, self.blocks, strict=True), start=2):
