@@ -17,6 +17,8 @@ import numpy as np
 from flax import linen as nn
 from flax.linen.dtypes import canonicalize_dtype
 from flax.typing import Dtype
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Num
 
 from drconv_jax.dtypes import accumulator
@@ -127,12 +129,18 @@ def _pointwise(by_xla: Convolution, precision: Any) -> Convolution:
         matrix = _matrix(kernel)
         dx = jnp.einsum("...o,io->...i", dy, matrix, precision=precision)
         in_features, features = matrix.shape
-        # XLA's CPU backend copies the left operand, transposed. It is the one of fewer channels
-        # here, and the barrier keeps XLA from exchanging them.
+        # On a mesh with explicit axes a sum over the parted batch must say what becomes of it.
+        sharding = jax.typeof(matrix).sharding
+        explicit = AxisType.Explicit in sharding.mesh.axis_types
+        sum_up = functools.partial(jnp.einsum, precision=precision)
+        # XLA's CPU backend copies the left operand, transposed: x where it has far fewer channels,
+        # else dy, whose copy lives shorter. The barrier keeps XLA from exchanging them.
         if 4 * in_features < features:
-            dmatrix = jnp.einsum("...i,...o->io", x, dy, precision=precision)
+            out = sharding if explicit else None
+            dmatrix = sum_up("...i,...o->io", x, dy, out_sharding=out)
         else:
-            transposed = jnp.einsum("...o,...i->oi", dy, x, precision=precision)
+            out = NamedSharding(sharding.mesh, P(*sharding.spec[::-1])) if explicit else None
+            transposed = sum_up("...o,...i->oi", dy, x, out_sharding=out)
             dmatrix = jax.lax.optimization_barrier(transposed).T
         return dx, dmatrix.reshape(kernel.shape)
 
@@ -246,16 +254,12 @@ def _sum_over_windows(
             views = [jax.lax.slice_in_dim(v, start, start + counts[i], axis=i + 1) for v in views]
         taps = taps.reshape(1, *(n for s in window.strides for n in (1, s)), 1)
         total = total + part(taps, *(jnp.expand_dims(v, phase_axes) for v in views))
-    everywhere = total.reshape(
-        total.shape[0],
-        *(c * s for c, s in zip(counts, window.strides, strict=True)),
-        total.shape[-1],
-    )
+    for i in axes:  # one by one, as a mesh with explicit axes allows
+        total = jax.lax.collapse(total, i + 1, i + 3)
     start = [low for low, _ in window.padding]
     stop = [low + size for low, size in zip(start, spatial, strict=True)]
-    return jax.lax.slice(
-        everywhere, (0, *start, 0), (everywhere.shape[0], *stop, everywhere.shape[-1])
-    )
+    summed: Array = jax.lax.slice(total, (0, *start, 0), (total.shape[0], *stop, total.shape[-1]))
+    return summed
 
 
 def _taps_by_phase(window: Window, back: Sequence[int]) -> np.ndarray:

@@ -256,8 +256,8 @@ def _operations(eqn: core.JaxprEqn) -> float:
         zeros = math.prod(params["lhs_dilation"])  # all but one term in so many
         return 2.0 * math.prod(results[0].shape) * terms / zeros
     inner = [sum(map(_operations, jaxpr.eqns)) for jaxpr in _jaxprs(params)]
-    if name == "cond":  # a choice by platform, of which only a TPU's branch has products
-        return max(inner)
+    if name == "cond":  # a choice by platform: the default is the last, unless a TPU has its own
+        return inner[-1] or max(inner)
     return sum(inner) * (params["length"] if name == "scan" else 1)
 
 
