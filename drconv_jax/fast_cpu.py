@@ -69,35 +69,39 @@ def conv_general_dilated(
     Returns:
       The output, in the dtype of `lhs`.
     """
+    convolve: Callable[..., Array] = functools.partial(
+        jax.lax.conv_general_dilated,
+        window_strides=window_strides,
+        padding=padding,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=dimension_numbers,
+        feature_group_count=feature_group_count,
+        **options,
+    )
     *kernel_size, in_per_group, features = rhs.shape
-    dilation = tuple(rhs_dilation or (1,) * len(kernel_size))
-    extent = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=True)]
+    if (
+        not _is_channels_last(dimension_numbers, lhs.shape, rhs.shape)
+        or options.get("batch_group_count", 1) != 1
+        or not all(isinstance(n, int) for n in lhs.shape[1:])
+    ):
+        return convolve(lhs, rhs)
+    dilation = _integers(rhs_dilation, len(kernel_size))
+    strides = _integers(window_strides, len(kernel_size))
+    extent = [(k - 1) * d + 1 for k, d in zip(kernel_size, dilation, strict=False)]
     if not isinstance(padding, str) and any(
         not 0 <= side < e for pair, e in zip(padding, extent, strict=True) for side in pair
     ):
         lhs, padding = pad_in_reach(dilate(lhs, lhs_dilation), padding, extent)
+        convolve = functools.partial(convolve, padding=padding, lhs_dilation=None)
         lhs_dilation = None
-
-    def by_xla(lhs: Array, rhs: Array) -> Array:
-        return jax.lax.conv_general_dilated(
-            lhs,
-            rhs,
-            window_strides,
-            padding,
-            lhs_dilation,
-            rhs_dilation,
-            dimension_numbers,
-            feature_group_count,
-            **options,
-        )
-
-    dilated = lhs_dilation is not None and any(d != 1 for d in lhs_dilation)
-    other_result = options.get("preferred_element_type") not in (None, lhs.dtype)
-    known = all(isinstance(n, int) for n in lhs.shape[1:])
-    if dilated or other_result or not known or not jnp.issubdtype(lhs.dtype, jnp.floating):
+    y = jax.eval_shape(convolve, lhs, rhs)  # which refuses what is wrong, on every platform
+    by_xla: Convolution = lambda lhs, rhs: convolve(lhs, rhs)  # noqa: E731
+    dilated = any(d != 1 for d in _integers(lhs_dilation, len(kernel_size)))
+    if dilated or y.dtype != lhs.dtype or not jnp.issubdtype(lhs.dtype, jnp.floating):
         return by_xla(lhs, rhs)
-    pairs = _padding_pairs(padding, lhs.shape[1:-1], extent, window_strides)
-    window = Window(tuple(kernel_size), tuple(window_strides), pairs, dilation)
+    pairs = _padding_pairs(padding, lhs.shape[1:-1], extent, strides)
+    window = Window(tuple(kernel_size), strides, pairs, dilation)
     if window.is_pointwise and feature_group_count == 1:
         fast = _pointwise(by_xla, options.get("precision"))
     elif in_per_group == 1 and features == feature_group_count:
@@ -107,6 +111,19 @@ def conv_general_dilated(
     else:
         return by_xla(lhs, rhs)
     return jax.lax.platform_dependent(lhs, rhs, cpu=fast, default=by_xla)
+
+
+def _is_channels_last(
+    dimension_numbers: Any, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]
+) -> bool:
+    last = len(lhs_shape) - 1
+    found = jax.lax.conv_dimension_numbers(lhs_shape, rhs_shape, dimension_numbers)
+    image, kernel = (0, last, *range(1, last)), (last, last - 1, *range(last - 1))
+    return found == jax.lax.ConvDimensionNumbers(image, kernel, image)
+
+
+def _integers(values: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    return (1,) * count if values is None else tuple(int(value) for value in values)
 
 
 def _padding_pairs(
@@ -186,7 +203,8 @@ def _depthwise(window: Window, by_xla: Convolution) -> Convolution:
         weights = jnp.concatenate([weights, jnp.zeros_like(weights[:1])])  # the tap -1 has none
 
         def part(tap: np.ndarray, dy: Array) -> Array:
-            return dy.astype(wide) * weights[tap[..., 0]]
+            products = dy.astype(wide) * weights[tap[..., 0]]
+            return products if (tap >= 0).all() else jnp.where(tap >= 0, products, 0)
 
         dx = _sum_over_windows(part, [dy], window, x.shape[1:-1])
         # One reduction of all products at once, of which none is stored. The sum over the batch is
@@ -299,6 +317,7 @@ def max_pool(
     floating = jnp.issubdtype(inputs.dtype, jnp.floating)
     if inputs.ndim != len(window_shape) + 2 or not known or not floating:
         return by_xla(inputs)
+    jax.eval_shape(by_xla, inputs)  # which refuses what is wrong, on every platform
     pairs = _padding_pairs(padding, spatial, window_shape, strides)
     window = Window(window_shape, strides, pairs, (1,) * len(window_shape))
 
@@ -314,8 +333,9 @@ def max_pool(
         first, *others = views(x)
         largest, chosen = first, jnp.zeros(y.shape, jnp.int32)
         for tap, view in enumerate(others, start=1):
-            chosen = jnp.where(view > largest, tap, chosen)
-            largest = jnp.maximum(view, largest)
+            is_larger = ~(largest >= view)  # as XLA decides, NaN included
+            chosen = jnp.where(is_larger, tap, chosen)
+            largest = jnp.where(is_larger, view, largest)
 
         def part(tap: np.ndarray, dy: Array, chosen: Array) -> Array:
             return jnp.where(chosen == tap, dy, jnp.zeros((), dy.dtype))
@@ -403,8 +423,16 @@ def _normalized(
 def _scaled_and_shifted(
     x: Array, mean: Array, var: Array, scale: Array, bias: Array, *, epsilon: float, dtype: Dtype
 ) -> Array:
-    """The same, of which JAX's gradient needs no array of the size of x but x."""
-    scale = jax.lax.rsqrt(var + epsilon) * scale
-    shift = bias - mean * scale
-    scale, shift = (jnp.expand_dims(v, range(x.ndim - 1)) for v in (scale, shift))
-    return (x.astype(accumulator(x.dtype)) * scale + shift).astype(dtype)
+    """The same, of which JAX's gradient needs no array of the size of x but x.
+
+    The gradient is that of scale * x + shift, in which a mean that is many times the deviation
+    cancels; the value is not.
+    """
+    wide = accumulator(x.dtype)
+    mean, var, scale, bias = (
+        jnp.expand_dims(v.astype(wide), range(x.ndim - 1)) for v in (mean, var, scale, bias)
+    )
+    x, scale = x.astype(wide), jax.lax.rsqrt(var + epsilon) * scale
+    differentiated = x * scale + (bias - mean * scale)
+    exact = (x - mean) * scale + bias
+    return (differentiated + jax.lax.stop_gradient(exact - differentiated)).astype(dtype)

@@ -332,7 +332,7 @@ def generator_of(value: Any) -> FilterGenerator:
       ValueError: there is none of that name, or it is no generator.
     """
     generator = GENERATORS.get(value) if isinstance(value, str) else value
-    if not isinstance(generator, FilterGenerator):
+    if isinstance(generator, type) or not isinstance(generator, FilterGenerator):
         raise ValueError(
             f"filter_generator must be one of {', '.join(GENERATORS)}, or a FilterGenerator, got "
             f"{value!r}."

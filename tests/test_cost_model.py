@@ -28,13 +28,13 @@ def test_costs_by_hand():
     assert experts_first_cost(*shapes) == Cost(
         2 * 7 * positions * filter_size, 2 * (activations + 7 * filter_size)
     )
-    filters = 2 * 5 * filter_size
+    filters, windows = 2 * 5 * filter_size, positions * 9 * 3
     assert filters_first_cost(*shapes) == Cost(
         2 * (positions * filter_size + 7 * filters),
-        2 * ((1 + PASSES_TO_SORT) * activations + 2 * filters),
+        2 * ((1 + PASSES_TO_SORT) * activations + 2 * (filters + windows)),
     )
     one = layer(2, 4, 3, m=1, experts=7, kernel=3)
-    assert filters_first_cost(*one).bytes == 2 * (activations + 2 * 2 * filter_size)
+    assert filters_first_cost(*one).bytes == 2 * (activations + 2 * (2 * filter_size + windows))
     own_banks = layer(2, 4, 3, m=5, experts=7, kernel=3, shared=False)
     assert experts_first_cost(*own_banks).operations == 2 * 35 * positions * filter_size
 
@@ -57,6 +57,7 @@ EXPERTS_FIRST = ("experts_first_gpu", "experts_first")
         # Channels so wide that E times the arithmetic takes longer than sorting positions.
         ("tpu", layer(8, 56, 1024), ("pallas_gpu", "pallas_tpu")),
         ("cuda", layer(8, 56, 256, m=1, experts=16), ("select",)),
+        ("tpu", layer(128, 28, 64, m=1, kernel=3), EXPERTS_FIRST),
         ("tpu", layer(128, 28, 58, shared=False), EXPERTS_FIRST),
         ("cuda", layer(128, 28, 58, shared=False), ("pallas_gpu", "pallas_tpu")),
     ],

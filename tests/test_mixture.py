@@ -262,6 +262,7 @@ def test_any_bytes_may_be_guide_features(shared):
         (dict(weights=(2, 4, 2, 1, 3)), ValueError, r"got shapes \(2, 4, 2, 1, 3\), \(1, 3, 3, 3"),
         (dict(weights=(2, 4, 1, 3)), ValueError, "a Mixture must have weights .* 2 kernel dim"),
         (dict(bank=(2, 3, 3, 3, 5, 6)), ValueError, r"\(regions or 1, n"),
+        (dict(weights=(2, 4, 1, 1, 0), bank=(1, 0, 3, 3, 5, 6)), ValueError, "n at least 1"),
         (dict(bank=(1, 4, 3, 3, 5, 6)), ValueError, r"\(regions or 1, n"),
         (dict(bias=(1, 1, 3, 5, 6)), ValueError, "bias like the bank without n"),
         (dict(weights=(3, 4, 1, 1, 3)), ValueError, "batch 2 and 2 kernel dimensions"),

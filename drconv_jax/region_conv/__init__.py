@@ -66,6 +66,9 @@ def region_conv(
       TypeError: x and filters have different dtypes, or a dtype is not floating point.
       NotImplementedError: none of the named implementations does what is asked.
     """
+    dispatch.names_of(implementation)
+    if isinstance(filters, tuple) and not isinstance(filters, Mixture):
+        raise TypeError("filters must be an array or a Mixture, got a tuple.")
     rank = x.ndim - 2
     if not jnp.issubdtype(x.dtype, jnp.floating) or x.dtype != filters.dtype:
         raise TypeError(
@@ -123,15 +126,16 @@ def _check_mixture(mixture: Mixture, rank: int) -> None:
     kernels = zip(weights.shape[2:-1], bank.shape[2:-2], strict=False)
     if (
         weights.ndim != rank + 3
+        or weights.shape[-1] < 1
         or bank.ndim != rank + 4
         or bank.shape[:2] not in ((1, weights.shape[-1]), (weights.shape[1], weights.shape[-1]))
         or any(1 not in sizes and len(set(sizes)) > 1 for sizes in kernels)
         or (bias is not None and bias.shape != (bank.shape[0], *bank.shape[2:]))
     ):
         raise ValueError(
-            "a Mixture must have weights (batch, regions, *kernel, n), a bank (regions or 1, n, "
-            "*kernel, in/groups, features) and a bias like the bank without n, or None, with "
-            f"{rank} kernel dimensions, each of which may be 1 in either; got shapes "
+            "a Mixture must have weights (batch, regions, *kernel, n) with n at least 1, a bank "
+            "(regions or 1, n, *kernel, in/groups, features) and a bias like the bank without n, "
+            f"or None, with {rank} kernel dimensions, each of which may be 1 in either; got shapes "
             f"{weights.shape}, {bank.shape} and {None if bias is None else bias.shape}."
         )
     for name, array in (("bank", bank), ("bias", bias)):

@@ -7,7 +7,7 @@ TPUs do 200 to 300 operations in the time of a byte from memory, and there are t
   E times the arithmetic of a convolution, and the memory traffic of one.
 - *Filters first*: every sample's m filters are mixed, written and read, and positions are sorted by
   their region (with one region there is nothing to sort). The arithmetic of a convolution and of
-  mixing, with memory traffic for m filters a sample.
+  mixing, with memory traffic for m filters a sample, and for whole windows of larger kernels.
 
 What takes longer, arithmetic or memory traffic, is what counts (a roofline model). A forward pass
 decides for the gradient too: both ways take about three times as much with it.
@@ -82,7 +82,9 @@ def filters_first_cost(x: Any, mixture: Any, guide_features: Any) -> Cost:
     batch, regions = mixture.shape[:2]
     experts, filters = mixture.bank.shape[1], batch * regions * filter_size
     passes = 1 if regions == 1 else 1 + PASSES_TO_SORT
-    traffic = x.dtype.itemsize * (passes * activations + 2 * filters)
+    taps = math.prod(mixture.kernel_size)
+    windows = math.prod(guide_features.shape[:-1]) * taps * x.shape[-1] if taps > 1 else 0
+    traffic = x.dtype.itemsize * (passes * activations + 2 * (filters + windows))
     return Cost(2 * (multiply_adds + experts * filters), traffic)
 
 

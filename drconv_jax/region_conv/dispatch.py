@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
+import numpy as np
 from jax.core import ShapedArray
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
@@ -48,6 +49,8 @@ class Support:
 
     Attributes:
       implementation: of it.
+      filters: which it takes. "given": those that are mixed already, and mixtures are mixed for it
+        beforehand; "mixtures": these alone; "any": both.
       platforms: names of XLA's platforms.
       exported: whether a program that `jax.export` takes elsewhere may have it; what is not made
         of XLA's operations only where it is named.
@@ -57,6 +60,7 @@ class Support:
     """
 
     implementation: Implementation
+    filters: Literal["given", "mixtures", "any"] = "given"
     platforms: tuple[str, ...] = ("cpu", "cuda", "rocm", "tpu")
     exported: Literal["yes", "by name", "no"] = "yes"
     partitioned: Literal["yes", "given filters", "no"] = "yes"
@@ -66,11 +70,11 @@ IMPLEMENTATIONS: Mapping[str, Support] = {
     "reference": Support(reference, partitioned="no"),  # openxla/xla#47945
     "select": Support(select),
     "blocked": Support(blocked),
-    "experts_first": Support(experts_first),
-    "cpu": Support(cpu, ("cpu",), exported="no", partitioned="given filters"),
-    "pallas_tpu": Support(pallas_tpu, ("cpu", "tpu"), "by name", "no"),
-    "pallas_gpu": Support(pallas_gpu, ("cpu", "cuda"), "by name", "no"),
-    "experts_first_gpu": Support(experts_first_gpu, ("cuda",), "by name", "no"),
+    "experts_first": Support(experts_first, "mixtures"),
+    "cpu": Support(cpu, "any", ("cpu",), exported="no", partitioned="given filters"),
+    "pallas_tpu": Support(pallas_tpu, "given", ("cpu", "tpu"), "by name", "no"),
+    "pallas_gpu": Support(pallas_gpu, "given", ("cpu", "cuda"), "no", "no"),
+    "experts_first_gpu": Support(experts_first_gpu, "mixtures", ("cuda",), "no", "no"),
 }
 
 
@@ -91,7 +95,7 @@ def convolve(
       ValueError: a name is unknown, or none is given.
       NotImplementedError: none of the named implementations does what is asked.
     """
-    names = _names(implementation)
+    names = names_of(implementation)
     if names:
         _choose(names, None, spec, x, filters, guide_features)  # to fail here, if at all
     leaves, tree = jax.tree.flatten(filters)
@@ -117,16 +121,21 @@ def convolve(
     return with_gradient(forward, gradient, definition)(x, *leaves, guide_features)
 
 
-def _names(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+def names_of(implementation: str | Sequence[str] | None) -> tuple[str, ...]:
+    """The names in turn; none where it is left to the default.
+
+    Raises:
+      ValueError: a name is unknown, or the sequence is empty.
+    """
     if implementation is None:
         return ()
-    names = (implementation,) if isinstance(implementation, str) else tuple(implementation)
-    if not names or not set(names) <= set(IMPLEMENTATIONS):
+    names = [implementation] if isinstance(implementation, str) else implementation
+    if not np.iterable(names) or not names or not all(name in IMPLEMENTATIONS for name in names):
         raise ValueError(
             f"implementation must be None or made of {', '.join(IMPLEMENTATIONS)}, got "
             f"{implementation!r}."
         )
-    return names
+    return tuple(names)
 
 
 # --- The choice.
@@ -182,8 +191,8 @@ def _check_program(support: Support, program: Program | None) -> None:
         raise NotImplementedError("cannot be in a program that jax.export takes elsewhere")
     if program.partitioned and support.partitioned == "no":
         raise NotImplementedError(
-            "cannot be in a program that XLA partitions among devices; use jax.shard_map over all "
-            "axes of the mesh"
+            "cannot be in a program that XLA partitions among devices (use jax.shard_map over all "
+            "axes of the mesh)"
         )
 
 
@@ -196,24 +205,21 @@ def _check_arguments(
     guide_features: Any,
 ) -> bool:
     """Whether filters must be mixed beforehand."""
-    supports, why_not = support.implementation.supports, None
-    as_it_is = program is None or not program.partitioned or support.partitioned == "yes"
-    if as_it_is or not isinstance(filters, Mixture):
+    supports = support.implementation.supports
+    is_mixture = isinstance(filters, Mixture)
+    if support.filters == "mixtures" and not is_mixture:
+        raise NotImplementedError("takes a Mixture, not filters that are mixed already")
+    partitioned = program is not None and program.partitioned
+    if support.filters != "given" and not (partitioned and support.partitioned != "yes"):
         try:
             supports(spec, x, filters, guide_features)
             return False
-        except NotImplementedError as reason:
-            if not isinstance(filters, Mixture):
+        except NotImplementedError:
+            if support.filters == "mixtures" or not is_mixture:
                 raise
-            why_not = reason
-    try:
-        given = jax.ShapeDtypeStruct(filters.shape, filters.dtype)
-        supports(spec, x, given, guide_features)
-        return True
-    except NotImplementedError:
-        if why_not:
-            raise why_not from None
-        raise
+    given = jax.ShapeDtypeStruct(filters.shape, filters.dtype)
+    supports(spec, x, given, guide_features)
+    return is_mixture
 
 
 # --- The primitive.
@@ -311,9 +317,10 @@ def _map(
     # The bank and the bias of a mixture have no batch axis that could become larger.
     no_batch = set(range(2, 1 + call.filters.num_leaves))
     if no_batch and (direction == "backward" or any(axes[i] is not None for i in no_batch)):
-        # Each element of what is mapped has a gradient of the bank for itself: filters are mixed
-        # beforehand, and "blocked" takes them where nothing that is named does.
-        names = (*call.names, "blocked") if call.names else ()
+        # Each element of what is mapped has a bank, or a gradient of it, for itself: filters are
+        # mixed beforehand, and "blocked" takes them where nothing that is named does.
+        names = tuple(n for n in call.names if IMPLEMENTATIONS[n].filters != "mixtures")
+        names = names or (("blocked",) if call.names else ())
         given = dataclasses.replace(call, names=names, filters=jax.tree.structure(0))
 
         def run(*args: Array) -> list[Array]:

@@ -36,8 +36,6 @@ from drconv_jax.region_conv.spec import ConvSpec
 def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     """See `spec.Implementation.supports`."""
     del spec, x, guide_features
-    if not isinstance(filters, Mixture):
-        raise NotImplementedError("mixes outputs: it takes a Mixture, not filters")
     taps = filters.weights.shape[2:-1]
     if math.prod(taps) != 1:
         raise NotImplementedError(
@@ -77,7 +75,7 @@ def backward(
         matrices = _matrices(experts)
         dx = _product("PEF,ECF->PC", shared_dy, matrices, spec.precision).astype(x.dtype)
         dexperts = _product("PC,PEF->ECF", x, shared_dy, spec.precision).reshape(experts.shape)
-        through = _product("PF,ECF->PEC", dy, matrices, spec.precision).astype(x.dtype)
+        through = _product("PF,ECF->PEC", dy, matrices, spec.precision)
         dshares = _inner(through, x)
     else:
         outputs, to_inputs = jax.vjp(functools.partial(_outputs, spec), x, experts)
@@ -155,12 +153,15 @@ def _inner(
     outputs: Float[Array, "batch *out_spatial experts channels"],
     values: Float[Array, "batch *out_spatial channels"],
 ) -> Float[Array, "batch *out_spatial experts"]:
-    """<outputs_e[p], values[p]>, its terms rounded as its operands are, its sum wide.
+    """<outputs_e[p], values[p]>, its sum wide.
 
-    TPUs would store a copy of `values` in float32 for terms in float32.
+    Its terms are rounded to bfloat16 where `values` are: TPUs would store a copy of them in float32
+    for terms in float32. In float16 small terms would vanish.
     """
-    terms = outputs * values[..., None, :]
-    return terms.astype(accumulator(terms.dtype)).sum(axis=-1)
+    wide = accumulator(values.dtype)
+    dtype = wide if values.dtype == jnp.float16 else values.dtype
+    terms = outputs.astype(dtype) * values[..., None, :].astype(dtype)
+    return terms.astype(wide).sum(axis=-1)
 
 
 def _is_product(spec: ConvSpec) -> bool:

@@ -96,8 +96,6 @@ def _is_exact(dtype: Any, precision: Any) -> bool:
 def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     """See `Implementation.supports`."""
     check_triton()
-    if not isinstance(filters, Mixture):
-        raise NotImplementedError("takes mixtures of a bank, not filters that are given")
     weights, bank, bias = filters
     if bank.shape[0] != 1 or (bias is not None and bias.shape[0] != 1):
         raise NotImplementedError("takes a bank and a bias that all regions share")

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.guide import guide_mask
-from drconv_jax.region_conv.spec import ConvSpec, takes_given_filters
+from drconv_jax.region_conv.spec import ConvSpec
 
 
 def convolve_with_all(
@@ -50,7 +50,6 @@ class WithAll:
 
     def supports(self, spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
         """See `spec.Implementation`."""
-        takes_given_filters(filters)
 
     def forward(
         self,

@@ -70,9 +70,3 @@ class Implementation(Protocol):
         dy: Float[Array, "batch *out_spatial features"],
     ) -> tuple[Float[Array, "batch *spatial in"], Any, Float[Array, "batch *out_spatial regions"]]:
         """dx, dfilters, and scores[p, j] = <dy[p], (W_j * x)[p]> in float32 or wider."""
-
-
-def takes_given_filters(filters: Any) -> None:
-    """Raises NotImplementedError where filters are a mixture."""
-    if isinstance(filters, Mixture):
-        raise NotImplementedError("takes filters that are mixed already")

@@ -2,7 +2,7 @@
 
 Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sweep over shapes, m,
 kernel sizes, dtypes and batches; `--suite gpu` has batches for a GPU, whose own time it measures,
-and ends within 5 minutes. PyTorch takes part where it is installed (pip install '.[compare]'), and
+and begins no case after 4 minutes. PyTorch takes part where it is installed (pip install '.[compare]'), and
 layers are compiled for a TPU and a GPU that there need not be where their compilers are (pip
 install '.[tpu]' and '.[cuda]'); beside these, JAX_PLATFORMS=cpu keeps JAX from looking for devices.
 The run's folder gets results.json and results.md, renewed after every case, and plots.
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import tyro
 from rich.console import Console
 from rich.progress import (
@@ -52,7 +53,7 @@ class Arguments:
     minutes: float | None = None
     """No case is begun after so many minutes; default: 4 with --suite gpu, otherwise no limit."""
     implementation: str | None = None
-    """Of the region convolution; None is the automatic choice."""
+    """Of the region convolution; None is the default for these arguments and the platform."""
     guide: contenders.Guide = "random"
     """Guide features: random ones use all regions equally, blocky ones are constant over squares
     of 7 pixels (a layer, whose guide is its own, gets such an input)."""
@@ -136,7 +137,7 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
                 console.print(case.label, highlight=False)
             peak[case.dtype] = max(peak.get(case.dtype, 0.0), measure.matmul_peak(case.dtype))
             results += _time(case, arguments, functools.partial(progress.advance, task))
-            if case.level == "layer":
+            if case.level == "layer" and jax.default_backend() == "cpu":
                 found = contenders.training_step_bytes(case, arguments.implementation)
                 step_bytes += [StepBytes(case, *found)] if found else []
             progress.advance(task)

@@ -60,7 +60,8 @@ def _op(case: Case, implementation: str | None, guide: Guide) -> Iterator[Conten
             features = noise(3, (*x.shape[:3], m), "float32", guide)
             filters = _scaled(4, (case.batch, m, *kernel.shape), case.dtype)
             named = {OURS["op"]: implementation}
-            if len(case.regions) == 1:  # m times the work: it would take most of a sweep's time
+            # m times the work: they would take most of the time of a sweep, or of a GPU's minutes.
+            if len(case.regions) == 1 and jax.default_backend() == "cpu":
                 named |= {"blocked": "blocked", "reference": "reference"}
             for name, chosen in named.items():
                 op = functools.partial(region_conv, implementation=chosen)
@@ -80,7 +81,7 @@ def _layer(case: Case, implementation: str | None, guide: Guide) -> Iterator[Con
         )
         layers.append((OURS["layer"], m, drconv))
     for name, regions, layer in layers:
-        params = _cast(layer.init(jax.random.key(0), x), case.dtype)
+        params = _cast(jax.jit(layer.init)(jax.random.key(0), x), case.dtype)
         for direction in DIRECTIONS:
             yield _in_direction(
                 name, regions, layer.apply, params, x, direction=direction, dy=dy,

@@ -93,7 +93,9 @@ def repeated(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
         carried = next(i for i, a in enumerate(leaves) if jnp.issubdtype(a.dtype, jnp.floating))
 
         def call(_: Any, array: jax.Array) -> jax.Array:
-            given = [*leaves[:carried], array, *leaves[carried + 1 :]]
+            # Behind the barrier every argument depends on the call before: nothing is left that XLA
+            # could compute once, ahead of all calls.
+            given = jax.lax.optimization_barrier([*leaves[:carried], array, *leaves[carried + 1 :]])
             results = jax.tree.leaves(function(*jax.tree.unflatten(tree, given)))
             results = jax.lax.optimization_barrier(results)
             seen = sum(result.ravel()[0].astype(jnp.float32) for result in results)
