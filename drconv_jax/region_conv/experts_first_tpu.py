@@ -127,7 +127,10 @@ def forward(
             (_batch_last(x), _tile(sizes, sizes.channels)),
             (_batch_last(guide_features), _tile(sizes, sizes.regions)),
             (_weights_of(weights), _per_sample(sizes)),
-            (_stacked(matrices, sizes.features, sizes.channels), pl.BlockSpec()),
+            (
+                _stacked(matrices, sizes.features, sizes.channels),
+                _whole((sizes.experts * sizes.features, sizes.channels)),
+            ),
         ),
         (((sizes.positions, bank.shape[-1], x.shape[0]), x.dtype, _tile(sizes, sizes.features)),),
         interpret=interpret,
@@ -155,6 +158,103 @@ def _forward_kernel(
             for e in range(sizes.experts)
         )
         y_ref[p] = y.astype(y_ref.dtype)
+
+    jax.lax.fori_loop(0, sizes.tile, position, None)
+
+
+def backward(
+    spec: ConvSpec,
+    x: Float[Array, "batch *spatial in"],
+    filters: Mixture,
+    guide_features: Float[Array, "batch *out_spatial regions"],
+    y: Float[Array, "batch *out_spatial features"],
+    dy: Float[Array, "batch *out_spatial features"],
+    *,
+    interpret: bool = False,
+) -> tuple[Float[Array, "batch *spatial in"], Mixture, Float[Array, "batch *out_spatial regions"]]:
+    """See `spec.Implementation.backward`."""
+    del y
+    (weights, bank), to_mixture = jax.vjp(experts_of, filters)
+    batch, regions, experts = weights.shape
+    channels, features = bank.shape[-2:]
+    sizes = _Sizes.of(x.shape, regions, experts, features, x.dtype)
+    matrices = bank.reshape(experts, channels, features)
+    stacked = (experts * sizes.channels, sizes.features)
+    dx, dmatrices, dweights, scores = _call(
+        functools.partial(_backward_kernel, spec.precision, sizes, channels, features),
+        sizes,
+        (
+            (_batch_last(x), _tile(sizes, sizes.channels)),
+            (_batch_last(dy), _tile(sizes, sizes.features)),
+            (_batch_last(guide_features), _tile(sizes, regions)),
+            (_weights_of(weights), _per_sample(sizes)),
+            (_stacked(matrices, sizes.channels, sizes.features), _whole(stacked)),
+        ),
+        (
+            ((sizes.positions, channels, batch), x.dtype, _tile(sizes, sizes.channels)),
+            (stacked, jnp.float32, _whole(stacked)),
+            ((regions, experts, batch), jnp.float32, _per_sample(sizes)),
+            ((sizes.positions, regions, batch), jnp.float32, _tile(sizes, regions)),
+        ),
+        scratch=(pltpu.VMEM((experts, _LANES), jnp.float32),),
+        interpret=interpret,
+    )
+    dmatrices = dmatrices.reshape(experts, sizes.channels, sizes.features)
+    dbank = dmatrices[:, :channels, :features].reshape(bank.shape).astype(bank.dtype)
+    dweights = jnp.moveaxis(dweights, -1, 0).astype(weights.dtype)
+    (dmixture,) = to_mixture((dweights, dbank))
+    spatial = x.shape[1:-1]
+    return _batch_first(dx, spatial), dmixture, _batch_first(scores, spatial)
+
+
+def _backward_kernel(
+    precision: Any,
+    sizes: _Sizes,
+    channels: int,
+    features: int,
+    x_ref: Any,
+    dy_ref: Any,
+    guide_ref: Any,
+    weights_ref: Any,
+    matrices_ref: Any,
+    dx_ref: Any,
+    dmatrices_ref: Any,
+    dweights_ref: Any,
+    scores_ref: Any,
+    through_ref: Any,
+) -> None:
+    left = _positions_left(sizes)
+    first_tile = pl.program_id(1) == 0
+
+    @pl.when(first_tile)
+    def start_samples() -> None:
+        dweights_ref[...] = jnp.zeros_like(dweights_ref)
+
+    @pl.when(first_tile & (pl.program_id(0) == 0))
+    def start() -> None:
+        dmatrices_ref[...] = jnp.zeros_like(dmatrices_ref)
+
+    def position(p: Array, _: None) -> None:
+        index, weights = _choice(guide_ref[p], weights_ref)
+        x = _values(x_ref, p, channels, left)
+        dy = _values(dy_ref, p, features, left)
+        wide_x = x.astype(jnp.float32)
+        products = _dot(matrices_ref[...], dy, precision)
+        dx, scaled = jnp.zeros_like(wide_x), []
+        for e in range(sizes.experts):
+            weight = weights[e : e + 1]
+            product = products[e * sizes.channels : (e + 1) * sizes.channels]
+            dx += weight * product
+            scaled.append((weight * wide_x).astype(x.dtype))
+            through_ref[e : e + 1] = (product * wide_x).sum(axis=0, keepdims=True)
+        dx_ref[p] = dx.astype(dx_ref.dtype)
+        dmatrices_ref[...] += _dot(jnp.concatenate(scaled), dy, precision, (1, 1))
+        through = through_ref[...]
+        for r in range(sizes.regions):
+            own = jnp.broadcast_to(index == r, through.shape)
+            dweights_ref[r] += jnp.where(own, through, 0.0)
+            score = (weights_ref[r] * through).sum(axis=0, keepdims=True)
+            scores_ref[p, r : r + 1] = score
 
     jax.lax.fori_loop(0, sizes.tile, position, None)
 
@@ -252,6 +352,11 @@ def _per_sample(sizes: _Sizes) -> pl.BlockSpec:
     """The block of an array (regions, experts, batch)."""
     shape = (sizes.regions, sizes.experts, _LANES)
     return pl.BlockSpec(shape, lambda samples, tile: (0, 0, samples))
+
+
+def _whole(shape: tuple[int, int]) -> pl.BlockSpec:
+    """The block of a matrix, the same for every step."""
+    return pl.BlockSpec(shape, lambda samples, tile: (0, 0))
 
 
 def _batch_last(
