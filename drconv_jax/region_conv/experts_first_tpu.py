@@ -86,7 +86,7 @@ class _Sizes(NamedTuple):
         cls, x: tuple[int, ...], regions: int, experts: int, features: int, dtype: Any
     ) -> _Sizes:
         itemsize = jnp.dtype(dtype).itemsize
-        channels, features = (_up_to(n, 32 // itemsize) for n in (x[-1], features))
+        channels, features = (_up_to(n, 8) for n in (x[-1], features))
         positions = math.prod(x[1:-1])
         most = max(1, _TILE_BYTES // (max(channels, features) * _LANES * itemsize))
         tile = pl.cdiv(positions, pl.cdiv(positions, most))
@@ -245,10 +245,10 @@ def _backward_kernel(
             weight = weights[e : e + 1]
             product = products[e * sizes.channels : (e + 1) * sizes.channels]
             dx += weight * product
-            scaled.append((weight * wide_x).astype(x.dtype))
+            scaled.append(weight * wide_x)
             through_ref[e : e + 1] = (product * wide_x).sum(axis=0, keepdims=True)
         dx_ref[p] = dx.astype(dx_ref.dtype)
-        dmatrices_ref[...] += _dot(jnp.concatenate(scaled), dy, precision, (1, 1))
+        dmatrices_ref[...] += _dot(jnp.concatenate(scaled).astype(x.dtype), dy, precision, (1, 1))
         through = through_ref[...]
         for r in range(sizes.regions):
             own = jnp.broadcast_to(index == r, through.shape)
