@@ -9,9 +9,9 @@ and from z: the weights' gradient, its sum over each region's positions, and
 scores_j[p] = sum_e alpha_{j,e} z_e[p]. What the experts give is mixed before it is stored, and the
 region of a position is chosen where its weights are needed.
 
-128 samples lie on the lanes and channels on the sublanes, which is how TPUs store images of such
-batches, so that nothing is copied. A position of 128 samples is one product with all experts at
-once, and its weights are rows that scale every channel by a broadcast.
+128 samples lie on the lanes and channels on the sublanes, which is how TPUs store the images of
+large batches, so that nothing is copied. Of each position, 128 samples are one product with all
+experts, one under the other; their weights are rows, which scale every channel by a broadcast.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from drconv_jax.region_conv.experts_first import experts_of
 from drconv_jax.region_conv.mixture import Mixture
@@ -33,6 +33,7 @@ from drconv_jax.region_conv.sharding import varying_like
 from drconv_jax.region_conv.spec import ConvSpec
 
 _LANES = 128
+_SUBLANES = 8
 _TILE_BYTES = 2**20  # of x or y in a step of the grid
 _VMEM = 48 * 2**20  # what a step may hold; the smallest current TPU has 64 MiB
 
@@ -54,22 +55,22 @@ def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     if x.shape[0] % _LANES:
         raise NotImplementedError(f"takes batches of a multiple of {_LANES}, not {x.shape[0]}")
     experts = weights.shape[-1] + (bias is not None)
-    sizes = _Sizes.of(x.shape, weights.shape[1], experts, filters.shape[-1], x.dtype)
-    if sizes.held_bytes > _VMEM:
+    held = _Sizes.of(x, weights.shape[1], experts, filters.shape[-1]).held_bytes
+    if held > _VMEM:
         raise NotImplementedError(
-            f"holds all experts in a TPU's VMEM: with a tile of positions they take "
-            f"{sizes.held_bytes >> 20} MiB of the {_VMEM >> 20} there are"
+            f"holds all experts in a TPU's VMEM: they take {held >> 20} MiB with a tile of "
+            f"positions, of the {_VMEM >> 20} there are"
         )
 
 
 class _Sizes(NamedTuple):
-    """Of the blocks of a step of the grid, which is over 128 samples by a tile of positions.
+    """Of what a step of the grid is given, which is for 128 samples and a tile of positions.
 
     Attributes:
-      positions: of one sample.
+      positions: of a sample.
       tile: positions in a step.
-      channels, features: of x and y, up to a multiple of the sublanes of a register.
-      regions, experts: as they are.
+      channels, features: of x and y.
+      regions, experts: of the mixture.
       itemsize: bytes of an entry of x.
     """
 
@@ -82,12 +83,9 @@ class _Sizes(NamedTuple):
     itemsize: int
 
     @classmethod
-    def of(
-        cls, x: tuple[int, ...], regions: int, experts: int, features: int, dtype: Any
-    ) -> _Sizes:
-        itemsize = jnp.dtype(dtype).itemsize
-        channels, features = (_up_to(n, 8) for n in (x[-1], features))
-        positions = math.prod(x[1:-1])
+    def of(cls, x: Any, regions: int, experts: int, features: int) -> _Sizes:
+        channels, itemsize = x.shape[-1], x.dtype.itemsize
+        positions = math.prod(x.shape[1:-1])
         most = max(1, _TILE_BYTES // (max(channels, features) * _LANES * itemsize))
         tile = pl.cdiv(positions, pl.cdiv(positions, most))
         return cls(positions, tile, channels, features, regions, experts, itemsize)
@@ -95,17 +93,20 @@ class _Sizes(NamedTuple):
     @property
     def held_bytes(self) -> int:
         """Of what the backward kernel holds."""
-        channels, experts = self.channels, self.experts
-        rows, columns = experts * channels, _up_to(self.features, _LANES)
-        guides = _up_to(self.regions, 8) * 4
-        passing = (
-            self.tile * _LANES * (self.itemsize * (2 * channels + self.features) + 2 * guides)
-        )  # x, dx, dy; guide features and scores
-        of_samples = 2 * self.regions * _up_to(experts, 8) * _LANES * 4  # weights and gradients
-        of_experts = rows * columns * (self.itemsize + 4)  # the bank and its gradient
-        products = rows * _LANES * (4 + self.itemsize)  # all experts' V_e dy and w_e x
-        # The next step's blocks come in meanwhile.
-        return 2 * (passing + of_samples + of_experts) + products
+        of_position = (
+            2 * _padded_bytes((self.channels, _LANES), self.itemsize)  # x and dx
+            + _padded_bytes((self.features, _LANES), self.itemsize)
+            + 2 * _padded_bytes((self.regions, _LANES), 4)  # guide features and scores
+        )
+        of_samples = 2 * _padded_bytes((self.regions, self.experts, _LANES), 4)
+        bank = 2 * _padded_bytes((self.experts, self.channels, self.features), self.itemsize)
+        # While a step computes, blocks of the next come and those of the last go.
+        passing = 2 * (self.tile * of_position + of_samples + bank)
+        rows = self.experts * _up_to(self.channels, _SUBLANES)
+        # The experts one under the other, their gradient and a position's part of it; what the
+        # experts give of a position, and what they get.
+        own = 3 * _padded_bytes((rows, self.features), 4) + 2 * _padded_bytes((rows, _LANES), 4)
+        return passing + own
 
 
 def forward(
@@ -118,48 +119,49 @@ def forward(
 ) -> Float[Array, "batch *out_spatial features"]:
     """See `spec.Implementation.forward`."""
     weights, bank = experts_of(filters)
-    sizes = _Sizes.of(x.shape, *weights.shape[1:], bank.shape[-1], x.dtype)
-    matrices = jnp.swapaxes(bank.reshape(-1, *bank.shape[-2:]), 1, 2)
+    sizes = _Sizes.of(x, *weights.shape[1:], bank.shape[-1])
+    rows = sizes.experts * _up_to(sizes.features, _SUBLANES)
     (y,) = _call(
-        functools.partial(_forward_kernel, spec.precision, sizes, x.shape[-1]),
+        functools.partial(_forward_kernel, spec.precision),
         sizes,
         (
             (_batch_last(x), _tile(sizes, sizes.channels)),
             (_batch_last(guide_features), _tile(sizes, sizes.regions)),
-            (_weights_of(weights), _per_sample(sizes)),
-            (
-                _stacked(matrices, sizes.features, sizes.channels),
-                _whole((sizes.experts * sizes.features, sizes.channels)),
-            ),
+            (_weights_last(weights), _of_samples(sizes)),
+            (_matrices(bank), _whole(sizes)),
         ),
-        (((sizes.positions, bank.shape[-1], x.shape[0]), x.dtype, _tile(sizes, sizes.features)),),
+        (((sizes.positions, sizes.features, x.shape[0]), x.dtype, _tile(sizes, sizes.features)),),
+        scratch=(pltpu.VMEM((rows, sizes.channels), x.dtype),),
         interpret=interpret,
     )
-    return _batch_first(y, guide_features.shape[1:-1])
+    return _batch_first(y, x.shape[1:-1])
 
 
 def _forward_kernel(
     precision: Any,
-    sizes: _Sizes,
-    channels: int,
     x_ref: Any,
     guide_ref: Any,
     weights_ref: Any,
     matrices_ref: Any,
     y_ref: Any,
+    stacked_ref: Any,
 ) -> None:
-    left = _positions_left(sizes)
+    tile, features, _ = y_ref.shape
+
+    @pl.when(pl.program_id(1) == 0)
+    def start() -> None:
+        transposed = jnp.swapaxes(matrices_ref[...].astype(jnp.float32), 1, 2)
+        stacked_ref[...] = _stacked(transposed).astype(stacked_ref.dtype)
 
     def position(p: Array, _: None) -> None:
         _, weights = _choice(guide_ref[p], weights_ref)
-        outputs = _dot(matrices_ref[...], _values(x_ref, p, channels, left), precision)
-        y = sum(
-            weights[e : e + 1] * outputs[e * sizes.features : (e + 1) * sizes.features]
-            for e in range(sizes.experts)
-        )
+        outputs = _dot(stacked_ref[...], x_ref[p], (1, 0), precision)
+        y = jnp.zeros(y_ref.shape[1:], jnp.float32)
+        for weight, output in zip(_rows(weights), _unstacked(outputs, features), strict=True):
+            y += weight * output
         y_ref[p] = y.astype(y_ref.dtype)
 
-    jax.lax.fori_loop(0, sizes.tile, position, None)
+    jax.lax.fori_loop(0, tile, position, None)
 
 
 def backward(
@@ -176,42 +178,40 @@ def backward(
     del y
     (weights, bank), to_mixture = jax.vjp(experts_of, filters)
     batch, regions, experts = weights.shape
-    channels, features = bank.shape[-2:]
-    sizes = _Sizes.of(x.shape, regions, experts, features, x.dtype)
-    matrices = bank.reshape(experts, channels, features)
-    stacked = (experts * sizes.channels, sizes.features)
+    sizes = _Sizes.of(x, regions, experts, bank.shape[-1])
+    matrices, spatial = _matrices(bank), x.shape[1:-1]
+    rows = experts * _up_to(sizes.channels, _SUBLANES)
     dx, dmatrices, dweights, scores = _call(
-        functools.partial(_backward_kernel, spec.precision, sizes, channels, features),
+        functools.partial(_backward_kernel, spec.precision, sizes.positions),
         sizes,
         (
             (_batch_last(x), _tile(sizes, sizes.channels)),
             (_batch_last(dy), _tile(sizes, sizes.features)),
             (_batch_last(guide_features), _tile(sizes, regions)),
-            (_weights_of(weights), _per_sample(sizes)),
-            (_stacked(matrices, sizes.channels, sizes.features), _whole(stacked)),
+            (_weights_last(weights), _of_samples(sizes)),
+            (matrices, _whole(sizes)),
         ),
         (
-            ((sizes.positions, channels, batch), x.dtype, _tile(sizes, sizes.channels)),
-            (stacked, jnp.float32, _whole(stacked)),
-            ((regions, experts, batch), jnp.float32, _per_sample(sizes)),
+            ((sizes.positions, sizes.channels, batch), x.dtype, _tile(sizes, sizes.channels)),
+            (matrices.shape, bank.dtype, _whole(sizes)),
+            ((regions, experts, batch), jnp.float32, _of_samples(sizes)),
             ((sizes.positions, regions, batch), jnp.float32, _tile(sizes, regions)),
         ),
-        scratch=(pltpu.VMEM((experts, _LANES), jnp.float32),),
+        scratch=(
+            pltpu.VMEM((rows, sizes.features), x.dtype),
+            pltpu.VMEM((rows, sizes.features), jnp.float32),
+            pltpu.VMEM((experts, _LANES), jnp.float32),
+        ),
         interpret=interpret,
     )
-    dmatrices = dmatrices.reshape(experts, sizes.channels, sizes.features)
-    dbank = dmatrices[:, :channels, :features].reshape(bank.shape).astype(bank.dtype)
     dweights = jnp.moveaxis(dweights, -1, 0).astype(weights.dtype)
-    (dmixture,) = to_mixture((dweights, dbank))
-    spatial = x.shape[1:-1]
+    (dmixture,) = to_mixture((dweights, dmatrices.reshape(bank.shape)))
     return _batch_first(dx, spatial), dmixture, _batch_first(scores, spatial)
 
 
 def _backward_kernel(
     precision: Any,
-    sizes: _Sizes,
-    channels: int,
-    features: int,
+    positions: int,
     x_ref: Any,
     dy_ref: Any,
     guide_ref: Any,
@@ -221,79 +221,102 @@ def _backward_kernel(
     dmatrices_ref: Any,
     dweights_ref: Any,
     scores_ref: Any,
-    through_ref: Any,
+    stacked_ref: Any,
+    sum_ref: Any,
+    z_ref: Any,
 ) -> None:
-    left = _positions_left(sizes)
-    first_tile = pl.program_id(1) == 0
+    samples, step = pl.program_id(0), pl.program_id(1)
+    last_samples, last_step = pl.num_programs(0) - 1, pl.num_programs(1) - 1
+    tile, channels, _ = x_ref.shape
+    left = positions - step * tile
 
-    @pl.when(first_tile)
+    @pl.when((samples == 0) & (step == 0))
+    def start() -> None:
+        matrices = matrices_ref[...].astype(jnp.float32)
+        stacked_ref[...] = _stacked(matrices).astype(stacked_ref.dtype)
+        sum_ref[...] = jnp.zeros_like(sum_ref)
+
+    @pl.when(step == 0)
     def start_samples() -> None:
         dweights_ref[...] = jnp.zeros_like(dweights_ref)
 
-    @pl.when(first_tile & (pl.program_id(0) == 0))
-    def start() -> None:
-        dmatrices_ref[...] = jnp.zeros_like(dmatrices_ref)
-
     def position(p: Array, _: None) -> None:
         index, weights = _choice(guide_ref[p], weights_ref)
-        x = _values(x_ref, p, channels, left)
-        dy = _values(dy_ref, p, features, left)
-        wide_x = x.astype(jnp.float32)
-        products = _dot(matrices_ref[...], dy, precision)
+        # Past the last position a tile holds anything, NaN included, and sums must not.
+        wide_x, dy = (jnp.where(p < left, ref[p].astype(jnp.float32), 0) for ref in (x_ref, dy_ref))
+        dy = dy.astype(dy_ref.dtype)
+        through = _unstacked(_dot(stacked_ref[...], dy, (1, 0), precision), channels)
         dx, scaled = jnp.zeros_like(wide_x), []
-        for e in range(sizes.experts):
-            weight = weights[e : e + 1]
-            product = products[e * sizes.channels : (e + 1) * sizes.channels]
-            dx += weight * product
+        for e, (weight, output) in enumerate(zip(_rows(weights), through, strict=True)):
+            dx += weight * output
+            z_ref[e : e + 1] = (output * wide_x).sum(axis=0, keepdims=True)
             scaled.append(weight * wide_x)
-            through_ref[e : e + 1] = (product * wide_x).sum(axis=0, keepdims=True)
         dx_ref[p] = dx.astype(dx_ref.dtype)
-        dmatrices_ref[...] += _dot(jnp.concatenate(scaled).astype(x.dtype), dy, precision, (1, 1))
-        through = through_ref[...]
-        for r in range(sizes.regions):
-            own = jnp.broadcast_to(index == r, through.shape)
-            dweights_ref[r] += jnp.where(own, through, 0.0)
-            score = (weights_ref[r] * through).sum(axis=0, keepdims=True)
-            scores_ref[p, r : r + 1] = score
+        shared_x = _stacked(jnp.stack(scaled)).astype(x_ref.dtype)
+        sum_ref[...] += _dot(shared_x, dy, (1, 1), precision)
+        z = z_ref[...]
+        for r in range(weights_ref.shape[0]):
+            own = jnp.broadcast_to(index == r, z.shape)
+            dweights_ref[r] += jnp.where(own, z, 0)
+            scores_ref[p, r : r + 1] = (weights_ref[r] * z).sum(axis=0, keepdims=True)
 
-    jax.lax.fori_loop(0, sizes.tile, position, None)
+    jax.lax.fori_loop(0, tile, position, None)
+
+    @pl.when((samples == last_samples) & (step == last_step))
+    def finish() -> None:
+        for e, matrix in enumerate(_unstacked(sum_ref[...], channels)):
+            dmatrices_ref[e] = matrix.astype(dmatrices_ref.dtype)
 
 
-def _choice(guide: Array, weights_ref: Any) -> tuple[Array, Array]:
-    """The regions that are chosen at a position and their weights, as `guide.region_index`.
+def _choice(
+    guide: Float[Array, "regions lanes"], weights_ref: Any
+) -> tuple[Int[Array, "1 lanes"], Float[Array, "experts lanes"]]:
+    """The regions that are chosen at a position, as by `guide.region_index`, and their weights.
 
     Args:
-      guide: the features (regions, lanes).
-      weights_ref: (regions, experts, lanes).
-
-    Returns:
-      Indices (1, lanes) and weights (experts, lanes).
+      guide: features of the position.
+      weights_ref: of every region (regions, experts, lanes).
     """
-    regions, experts, lanes = weights_ref.shape
+    regions, *shape = weights_ref.shape
     guide = guide.astype(jnp.float32)
-    largest, index, weights = guide[:1], jnp.zeros((1, lanes), jnp.int32), weights_ref[0]
+    largest, index, weights = guide[:1], jnp.zeros((1, guide.shape[1]), jnp.int32), weights_ref[0]
     for r in range(1, regions):
         feature = guide[r : r + 1]
-        # The first maximum, and the first NaN before any number.
+        # Of numbers the first maximum; a first NaN before all numbers.
         better = (feature > largest) | (jnp.isnan(feature) & ~jnp.isnan(largest))
         largest, index = jnp.where(better, feature, largest), jnp.where(better, r, index)
-        weights = jnp.where(jnp.broadcast_to(better, (experts, lanes)), weights_ref[r], weights)
+        weights = jnp.where(jnp.broadcast_to(better, shape), weights_ref[r], weights)
     return index, weights
 
 
-def _positions_left(sizes: _Sizes) -> Array:
-    """From the tile's first position on."""
-    return sizes.positions - pl.program_id(1) * sizes.tile
+def _rows(matrix: Float[Array, "rows lanes"]) -> list[Float[Array, "1 lanes"]]:
+    return [matrix[i : i + 1] for i in range(matrix.shape[0])]
 
 
-def _values(ref: Any, p: Array, channels: int, left: Array) -> Array:
-    """Position p of a tile; zeros for channels past the last and positions past the last.
+def _stacked(matrices: Float[Array, "n rows lanes"]) -> Float[Array, "n*padded_rows lanes"]:
+    """One under the other, with zeros up to whole registers."""
+    rows = matrices.shape[1]
+    padded = jnp.pad(matrices, ((0, 0), (0, _up_to(rows, _SUBLANES) - rows), (0, 0)))
+    return padded.reshape(-1, matrices.shape[2])
 
-    There a block holds anything, NaN included.
-    """
-    values = ref[p]
-    inside = (jax.lax.broadcasted_iota(jnp.int32, values.shape, 0) < channels) & (p < left)
-    return jnp.where(inside, values.astype(jnp.float32), 0.0).astype(values.dtype)
+
+def _unstacked(
+    matrix: Float[Array, "n*padded_rows lanes"], rows: int
+) -> list[Float[Array, "rows lanes"]]:
+    """What is one under the other, without what fills registers."""
+    starts = range(0, matrix.shape[0], _up_to(rows, _SUBLANES))
+    return [matrix[start : start + rows] for start in starts]
+
+
+def _dot(
+    a: Float[Array, "_ _"], b: Float[Array, "_ _"], contracting: tuple[int, int], precision: Any
+) -> Float[Array, "_ _"]:
+    dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
+    if a.dtype != jnp.float32:
+        precision = None
+    return jax.lax.dot_general(
+        a, b, dimensions, precision=precision, preferred_element_type=jnp.float32
+    )
 
 
 def _call(
@@ -303,17 +326,17 @@ def _call(
     outputs: tuple[tuple[tuple[int, ...], Any, pl.BlockSpec], ...],
     *,
     interpret: bool,
-    scratch: tuple[Any, ...] = (),
+    scratch: tuple[Any, ...],
 ) -> Any:
     """Runs the kernel for every 128 samples and every tile of their positions.
 
     Args:
-      kernel: of the references of all inputs, all outputs and the scratch.
-      sizes: of its blocks.
-      inputs: arrays and their blocks.
-      outputs: shapes, dtypes and blocks.
-      interpret: rather than compile.
-      scratch: memory of the kernel's own.
+      kernel: of references to all inputs, outputs and scratch.
+      sizes: of a step.
+      inputs: arrays, and what a step is given of each.
+      outputs: shapes, dtypes, and what a step gives of each.
+      interpret: the kernel instead of compiling it.
+      scratch: what stays from step to step.
     """
     arrays = [array for array, _ in inputs]
     arrays = varying_like(arrays, *arrays)
@@ -322,8 +345,8 @@ def _call(
         jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=kind) for shape, dtype, _ in outputs
     ]
     batch = arrays[0].shape[-1]
-    products = 1 if len(outputs) == 1 else 2
     multiply_adds = batch * sizes.positions * sizes.experts * sizes.channels * sizes.features
+    products = 1 if len(outputs) == 1 else 2
     return pl.pallas_call(
         kernel,
         out_shape=results,
@@ -336,7 +359,10 @@ def _call(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * products * multiply_adds,
-            bytes_accessed=sum(map(_bytes, (*arrays, *results))),  # each is moved once
+            # Every block is moved once.
+            bytes_accessed=sum(
+                _padded_bytes(a.shape, a.dtype.itemsize) for a in (*arrays, *results)
+            ),
             transcendentals=0,
         ),
         interpret=interpret,
@@ -344,67 +370,51 @@ def _call(
 
 
 def _tile(sizes: _Sizes, rows: int) -> pl.BlockSpec:
-    """The block of an array (positions, rows, batch)."""
+    """What a step has of an array (positions, rows, batch)."""
     return pl.BlockSpec((sizes.tile, rows, _LANES), lambda samples, tile: (tile, 0, samples))
 
 
-def _per_sample(sizes: _Sizes) -> pl.BlockSpec:
-    """The block of an array (regions, experts, batch)."""
+def _of_samples(sizes: _Sizes) -> pl.BlockSpec:
+    """What a step has of an array (regions, experts, batch)."""
     shape = (sizes.regions, sizes.experts, _LANES)
     return pl.BlockSpec(shape, lambda samples, tile: (0, 0, samples))
 
 
-def _whole(shape: tuple[int, int]) -> pl.BlockSpec:
-    """The block of a matrix, the same for every step."""
-    return pl.BlockSpec(shape, lambda samples, tile: (0, 0))
+def _whole(sizes: _Sizes) -> pl.BlockSpec:
+    """All of an array (experts, in, features)."""
+    shape = (sizes.experts, sizes.channels, sizes.features)
+    return pl.BlockSpec(shape, lambda samples, tile: (0, 0, 0))
 
 
 def _batch_last(
     values: Float[Array, "batch *spatial rows"],
 ) -> Float[Array, "positions rows batch"]:
     batch, *spatial, rows = values.shape
-    order = (*range(1, values.ndim), 0)
-    return jnp.transpose(values, order).reshape(math.prod(spatial), rows, batch)
+    return jnp.moveaxis(values, 0, -1).reshape(math.prod(spatial), rows, batch)
 
 
 def _batch_first(
     values: Float[Array, "positions rows batch"], spatial: tuple[int, ...]
 ) -> Float[Array, "batch *spatial rows"]:
-    values = values.reshape(*spatial, *values.shape[1:])
-    return jnp.moveaxis(values, -1, 0)
+    return jnp.moveaxis(values.reshape(*spatial, *values.shape[1:]), -1, 0)
 
 
-def _weights_of(
+def _weights_last(
     weights: Float[Array, "batch regions experts"],
 ) -> Float[Array, "regions experts batch"]:
     return jnp.moveaxis(weights, 0, -1).astype(jnp.float32)
 
 
-def _stacked(
-    matrices: Float[Array, "experts rows columns"], rows: int, columns: int
-) -> Float[Array, "experts*rows columns"]:
-    """Matrices one under the other, each of so many rows and columns; what is added is zeros."""
-    added = rows - matrices.shape[1], columns - matrices.shape[2]
-    return jnp.pad(matrices, ((0, 0), (0, added[0]), (0, added[1]))).reshape(-1, columns)
+def _matrices(
+    bank: Float[Array, "experts *kernel in features"],
+) -> Float[Array, "experts in features"]:
+    return bank.reshape(bank.shape[0], *bank.shape[-2:])
 
 
-def _dot(
-    a: Array, b: Array, precision: Any, contracting: tuple[int, int] = (1, 0)
-) -> Float[Array, "rows columns"]:
-    dimensions = (((contracting[0],), (contracting[1],)), ((), ()))
-    return jax.lax.dot_general(
-        a,
-        b,
-        dimensions,
-        precision=precision if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-
-
-def _bytes(array: Any) -> int:
+def _padded_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     """Of an array in the memory of a TPU, in tiles of 8 rows by 128 lanes."""
-    *leading, rows, lanes = array.shape
-    return math.prod(leading) * _up_to(rows, 8) * _up_to(lanes, _LANES) * array.dtype.itemsize
+    *leading, rows, lanes = shape
+    return math.prod(leading) * _up_to(rows, _SUBLANES) * _up_to(lanes, _LANES) * itemsize
 
 
 def _up_to(number: int, multiple: int) -> int:
