@@ -293,7 +293,7 @@ def _rows(matrix: Float[Array, "rows lanes"]) -> list[Float[Array, "1 lanes"]]:
     return [matrix[i : i + 1] for i in range(matrix.shape[0])]
 
 
-def _stacked(matrices: Float[Array, "n rows lanes"]) -> Float[Array, "n*padded_rows lanes"]:
+def _stacked(matrices: Float[Array, "n rows lanes"]) -> Float[Array, "stacked_rows lanes"]:
     """One under the other, with zeros up to whole registers."""
     rows = matrices.shape[1]
     padded = jnp.pad(matrices, ((0, 0), (0, _up_to(rows, _SUBLANES) - rows), (0, 0)))
@@ -301,7 +301,7 @@ def _stacked(matrices: Float[Array, "n rows lanes"]) -> Float[Array, "n*padded_r
 
 
 def _unstacked(
-    matrix: Float[Array, "n*padded_rows lanes"], rows: int
+    matrix: Float[Array, "stacked_rows lanes"], rows: int
 ) -> list[Float[Array, "rows lanes"]]:
     """What is one under the other, without what fills registers."""
     starts = range(0, matrix.shape[0], _up_to(rows, _SUBLANES))
@@ -405,10 +405,10 @@ def _weights_last(
     return jnp.moveaxis(weights, 0, -1).astype(jnp.float32)
 
 
-def _matrices(
-    bank: Float[Array, "experts *kernel in features"],
-) -> Float[Array, "experts in features"]:
-    return bank.reshape(bank.shape[0], *bank.shape[-2:])
+def _matrices(bank: Float[Array, "n *kernel rows columns"]) -> Float[Array, "n rows columns"]:
+    """The bank in main memory: XLA would bring it to VMEM first, and the kernel does so anyway."""
+    matrices = bank.reshape(bank.shape[0], *bank.shape[-2:])
+    return pltpu.with_memory_space_constraint(matrices, pltpu.HBM)
 
 
 def _padded_bytes(shape: tuple[int, ...], itemsize: int) -> int:
