@@ -92,7 +92,7 @@ class _Sizes(NamedTuple):
 
     @property
     def held_bytes(self) -> int:
-        """Of what the backward kernel holds."""
+        """Of what the larger kernel holds."""
         of_position = (
             2 * _padded_bytes((self.channels, _LANES), self.itemsize)  # x and dx
             + _padded_bytes((self.features, _LANES), self.itemsize)
@@ -102,10 +102,15 @@ class _Sizes(NamedTuple):
         bank = 2 * _padded_bytes((self.experts, self.channels, self.features), self.itemsize)
         # While a step computes, blocks of the next come and those of the last go.
         passing = 2 * (self.tile * of_position + of_samples + bank)
-        rows = self.experts * _up_to(self.channels, _SUBLANES)
-        # The experts one under the other, their gradient and a position's part of it; what the
-        # experts give of a position, and what they get.
-        own = 3 * _padded_bytes((rows, self.features), 4) + 2 * _padded_bytes((rows, _LANES), 4)
+        # The experts one under the other, their gradient, and a position's part of it; what the
+        # experts give of a position, and what they get. The forward kernel has them transposed.
+        own = max(
+            3 * _padded_bytes((rows, columns), 4) + 2 * _padded_bytes((rows, _LANES), 4)
+            for rows, columns in (
+                (self.experts * _up_to(self.channels, _SUBLANES), self.features),
+                (self.experts * _up_to(self.features, _SUBLANES), self.channels),
+            )
+        )
         return passing + own
 
 
@@ -119,11 +124,13 @@ def forward(
 ) -> Float[Array, "batch *out_spatial features"]:
     """See `spec.Implementation.forward`."""
     weights, bank = experts_of(filters)
-    sizes = _Sizes.of(x, *weights.shape[1:], bank.shape[-1])
+    _, regions, experts = weights.shape
+    sizes = _Sizes.of(x, regions, experts, bank.shape[-1])
     rows = sizes.experts * _up_to(sizes.features, _SUBLANES)
     (y,) = _call(
         functools.partial(_forward_kernel, spec.precision),
         sizes,
+        1,
         (
             (_batch_last(x), _tile(sizes, sizes.channels)),
             (_batch_last(guide_features), _tile(sizes, sizes.regions)),
@@ -146,14 +153,15 @@ def _forward_kernel(
     y_ref: Any,
     stacked_ref: Any,
 ) -> None:
+    """One tile: what all experts give, mixed in float32."""
     tile, features, _ = y_ref.shape
 
-    @pl.when(pl.program_id(1) == 0)
+    @pl.when((pl.program_id(0) == 0) & (pl.program_id(1) == 0))
     def start() -> None:
         transposed = jnp.swapaxes(matrices_ref[...].astype(jnp.float32), 1, 2)
         stacked_ref[...] = _stacked(transposed).astype(stacked_ref.dtype)
 
-    def position(p: Array, _: None) -> None:
+    def position(p: Array, nothing: None) -> None:
         _, weights = _choice(guide_ref[p], weights_ref)
         outputs = _dot(stacked_ref[...], x_ref[p], (1, 0), precision)
         y = jnp.zeros(y_ref.shape[1:], jnp.float32)
@@ -184,6 +192,7 @@ def backward(
     dx, dmatrices, dweights, scores = _call(
         functools.partial(_backward_kernel, spec.precision, sizes.positions),
         sizes,
+        2,
         (
             (_batch_last(x), _tile(sizes, sizes.channels)),
             (_batch_last(dy), _tile(sizes, sizes.features)),
@@ -225,6 +234,7 @@ def _backward_kernel(
     sum_ref: Any,
     z_ref: Any,
 ) -> None:
+    """One tile: dx and scores, and its part of the sums over positions."""
     samples, step = pl.program_id(0), pl.program_id(1)
     last_samples, last_step = pl.num_programs(0) - 1, pl.num_programs(1) - 1
     tile, channels, _ = x_ref.shape
@@ -240,7 +250,7 @@ def _backward_kernel(
     def start_samples() -> None:
         dweights_ref[...] = jnp.zeros_like(dweights_ref)
 
-    def position(p: Array, _: None) -> None:
+    def position(p: Array, nothing: None) -> None:
         index, weights = _choice(guide_ref[p], weights_ref)
         # Past the last position a tile holds anything, NaN included, and sums must not.
         wide_x, dy = (jnp.where(p < left, ref[p].astype(jnp.float32), 0) for ref in (x_ref, dy_ref))
@@ -322,6 +332,7 @@ def _dot(
 def _call(
     kernel: Any,
     sizes: _Sizes,
+    products: int,
     inputs: tuple[tuple[Array, pl.BlockSpec], ...],
     outputs: tuple[tuple[tuple[int, ...], Any, pl.BlockSpec], ...],
     *,
@@ -333,6 +344,7 @@ def _call(
     Args:
       kernel: of references to all inputs, outputs and scratch.
       sizes: of a step.
+      products: how many the kernel makes of each position and all experts.
       inputs: arrays, and what a step is given of each.
       outputs: shapes, dtypes, and what a step gives of each.
       interpret: the kernel instead of compiling it.
@@ -346,7 +358,6 @@ def _call(
     ]
     batch = arrays[0].shape[-1]
     multiply_adds = batch * sizes.positions * sizes.experts * sizes.channels * sizes.features
-    products = 1 if len(outputs) == 1 else 2
     return pl.pallas_call(
         kernel,
         out_shape=results,
