@@ -407,7 +407,9 @@ def _batch_last(
 def _batch_first(
     values: Float[Array, "positions rows batch"], spatial: tuple[int, ...]
 ) -> Float[Array, "batch *spatial rows"]:
-    return jnp.moveaxis(values.reshape(*spatial, *values.shape[1:]), -1, 0)
+    # XLA would move what follows, such as a conversion to float32, to before this, and store it.
+    values = jnp.moveaxis(values.reshape(*spatial, *values.shape[1:]), -1, 0)
+    return jax.lax.optimization_barrier(values)
 
 
 def _weights_last(
