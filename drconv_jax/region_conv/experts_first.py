@@ -50,7 +50,7 @@ def forward(
     guide_features: Float[Array, "batch *out_spatial regions"],
 ) -> Float[Array, "batch *out_spatial features"]:
     """See `spec.Implementation.forward`."""
-    weights, experts = _experts_of(filters)
+    weights, experts = experts_of(filters)
     shares = _shares(weights, guide_features)
     if _is_product(spec):
         y = _product("PEC,ECF->PF", _scaled(x, shares), _matrices(experts), spec.precision)
@@ -69,7 +69,7 @@ def backward(
 ) -> tuple[Float[Array, "batch *spatial in"], Mixture, Float[Array, "batch *out_spatial regions"]]:
     """See `spec.Implementation.backward`."""
     del y
-    (weights, experts), to_mixture = jax.vjp(_experts_of, filters)
+    (weights, experts), to_mixture = jax.vjp(experts_of, filters)
     shared_dy = _scaled(dy, _shares(weights, guide_features))
     if _is_product(spec):
         matrices = _matrices(experts)
@@ -90,7 +90,7 @@ def backward(
     return dx, dmixture, scores
 
 
-def _experts_of(
+def experts_of(
     mixture: Mixture,
 ) -> tuple[
     Float[Array, "batch regions experts"],
