@@ -44,7 +44,7 @@ def test_whatever_takes_longer_counts():
     assert Cost(operations=10.0 * OPERATIONS_PER_BYTE, bytes=11.0).time == 11.0
 
 
-EXPERTS_FIRST = ("experts_first_gpu", "experts_first")
+EXPERTS_FIRST = ("experts_first_gpu", "experts_first_tpu", "experts_first")
 
 
 @pytest.mark.parametrize(

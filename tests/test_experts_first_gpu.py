@@ -118,7 +118,6 @@ def test_the_choice_among_equals_infinities_and_nans():
 @pytest.mark.parametrize(
     "change,reason",
     [
-        (lambda x, m, g: (x, mix(m), g), "not filters that are given"),
         (lambda x, m, g: (x, m._replace(bank=jnp.repeat(m.bank, 3, 0)), g), "all regions share"),
         (lambda x, m, g: (x, m._replace(bias=jnp.repeat(m.bias, 3, 0)), g), "all regions share"),
         (

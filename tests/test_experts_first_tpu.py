@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec, SingleDeviceSharding
 from test_experts_first import assert_agree, draw, messages
 
 from drconv_jax.region_conv import experts_first, experts_first_tpu
-from drconv_jax.region_conv.mixture import Mixture, mix
+from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.sharding import varying_like
 
 
@@ -98,12 +98,6 @@ def test_what_is_not_done_is_declined(refused, reason):
     spec, *arguments, _ = draw(4, **{"batch": 128, "size": 3, **refused})
     with pytest.raises(NotImplementedError, match=reason):
         experts_first_tpu.supports(spec, *arguments)
-
-
-def test_given_filters_are_declined():
-    spec, x, mixture, guide, _ = draw(4, batch=128, size=3)
-    with pytest.raises(NotImplementedError, match="takes a Mixture"):
-        experts_first_tpu.supports(spec, x, mix(mixture), guide)
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,9 @@ def region_conv(
         it on to the next), or None to choose by platform (`region_conv.cost_model`).
         "reference" is the definition. "select" is products and a select, for converters to other
         formats. "blocked" is pure XLA and takes everything. "cpu" is made of native kernels.
-        "experts_first" is pure XLA, for mixtures of a bank that all regions share, and
-        "experts_first_gpu" the same in kernels for GPUs. "pallas_tpu" and "pallas_gpu" are kernels
+        "experts_first" is pure XLA, for mixtures whose taps share weights;
+        "experts_first_tpu" and "experts_first_gpu" are the same in kernels, for a bank that all
+        regions share. "pallas_tpu" and "pallas_gpu" are kernels
         for filters that are mixed already, which a CPU interprets, slowly.
 
     Returns:

@@ -60,7 +60,8 @@ def defaults(platform: str, x: Any, filters: Any, guide_features: Any) -> tuple[
     # have banks of their own.
     if not isinstance(filters, Mixture) or (platform != "tpu" and filters.bank.shape[0] > 1):
         return filters_first
-    experts_first = ("experts_first_gpu", "experts_first", *filters_first)
+    kernels = ("experts_first_gpu", "experts_first_tpu")  # each of which declines the other's
+    experts_first = (*kernels, "experts_first", *filters_first)
     if not all(isinstance(n, int) for n in (*x.shape, *guide_features.shape)):
         return experts_first  # an exported program for inputs of any size
     shapes = x, filters, guide_features

@@ -28,7 +28,12 @@ from jaxtyping import Array, Float
 
 from drconv_jax.dtypes import accumulator
 from drconv_jax.guide import softmax_vjp
-from drconv_jax.region_conv import cpu, experts_first, experts_first_gpu
+from drconv_jax.region_conv import (
+    cpu,
+    experts_first,
+    experts_first_gpu,
+    experts_first_tpu,
+)
 from drconv_jax.region_conv.blocked import blocked
 from drconv_jax.region_conv.cost_model import defaults
 from drconv_jax.region_conv.derivatives import with_gradient
@@ -74,6 +79,7 @@ IMPLEMENTATIONS: Mapping[str, Support] = {
     "cpu": Support(cpu, "any", ("cpu",), exported="no", partitioned="given filters"),
     "pallas_tpu": Support(pallas_tpu, "given", ("cpu", "tpu"), "by name", "no"),
     "pallas_gpu": Support(pallas_gpu, "given", ("cpu", "cuda"), "no", "no"),
+    "experts_first_tpu": Support(experts_first_tpu, "mixtures", ("tpu",), "by name", "no"),
     "experts_first_gpu": Support(experts_first_gpu, "mixtures", ("cuda",), "no", "no"),
 }
 

@@ -40,8 +40,6 @@ _VMEM = 48 * 2**20  # what a step may hold; the smallest current TPU has 64 MiB
 
 def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
     """See `spec.Implementation.supports`."""
-    if not isinstance(filters, Mixture):
-        raise NotImplementedError("mixes outputs: it takes a Mixture, not filters")
     weights, bank, bias = filters
     if bank.shape[0] != 1 or (bias is not None and bias.shape[0] != 1):
         raise NotImplementedError("takes a bank and a bias that all regions share")

@@ -2,9 +2,10 @@
 
 Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sweep over shapes, m,
 kernel sizes, dtypes and batches; `--suite gpu` has batches for a GPU, whose own time it measures,
-and begins no case after 4 minutes. PyTorch takes part where it is installed (pip install '.[compare]'), and
-layers are compiled for a TPU and a GPU that there need not be where their compilers are (pip
-install '.[tpu]' and '.[cuda]'); beside these, JAX_PLATFORMS=cpu keeps JAX from looking for devices.
+and begins no case after 4 minutes. PyTorch takes part where it is installed (pip install
+'.[compare]'), and layers are compiled for a TPU and a GPU that there need not be where their
+compilers are (pip install '.[tpu]' and '.[cuda]'); beside these, JAX_PLATFORMS=cpu keeps JAX from
+looking for devices.
 The run's folder gets results.json and results.md, renewed after every case, and plots.
 """
 
