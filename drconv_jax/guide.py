@@ -27,8 +27,8 @@ def region_index(guide_features: Float[Array, "*positions regions"]) -> Int[Arra
       ValueError: there is no region to choose.
     """
     _check(guide_features)
-    # What argmax gives; the TPU's compiler takes four times as long for that. No maximum is taken of
-    # NaN, which that of XLA's CPU backend may lose.
+    # What argmax gives; the TPU's compiler takes four times as long for that. No maximum is taken
+    # of NaN, which that of XLA's CPU backend may lose.
     is_nan = jnp.isnan(guide_features)
     numbers = jnp.where(is_nan, -jnp.inf, guide_features)
     is_largest = numbers == numbers.max(axis=-1, keepdims=True)
