@@ -24,6 +24,9 @@ KINDS = {  # in, features, groups, kernel
 }
 
 
+NHWC = ("NHWC", "HWIO", "NHWC")
+
+
 def normal(seed, shape, dtype=jnp.float32):
     return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
 
@@ -244,3 +247,67 @@ def test_an_exported_program_is_portable(function, shape):
     exported = jax.export.export(jax.jit(gradient), platforms=("cpu", "tpu"))(x)
     assert "custom_call" not in exported.mlir_module()
     np.testing.assert_allclose(exported.call(x), gradient(x), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "lhs,rhs,how",
+    [
+        ((2, 1, 4, 4), (1, 1, 3, 3), {}),  # JAX's own default, channels first
+        ((2, 3, 4, 4), (4, 3, 1, 1), {}),
+        ((4, 5, 5, 3), (1, 1, 3, 4), {"dimension_numbers": NHWC, "batch_group_count": 2}),
+        ((5, 5, 3, 2), (1, 1, 3, 4), {"dimension_numbers": ("HWCN", "HWIO", "HWCN")}),
+    ],
+)
+def test_other_layouts_are_xlas(no_shape_checks, lhs, rhs, how):
+    x, kernel = normal(0, lhs), normal(1, rhs)
+    ours, plain = (
+        convolve(x, kernel, (1, 1), "SAME", **how)
+        for convolve in (fast_cpu.conv_general_dilated, jax.lax.conv_general_dilated)
+    )
+    np.testing.assert_array_equal(ours, plain)
+
+
+@pytest.mark.parametrize(
+    "x,kernel,groups,how",
+    [
+        ((2, 5, 5, 1), (3, 3, 1, 4), 4, {}),
+        ((2, 5, 5, 8), (3, 3, 1, 4), 4, {}),
+        ((2, 5, 5, 4), (1, 1, 4, 4), 1, {"rhs_dilation": (0, 1)}),
+        ((2, 5, 5, 4), (1, 1, 4, 4), 1, {"padding": [(1, 1)] * 3}),
+    ],
+)
+def test_what_jax_refuses_is_refused(no_shape_checks, x, kernel, groups, how):
+    how = {
+        "window_strides": (1, 1), "padding": "SAME", "dimension_numbers": NHWC,
+        "feature_group_count": groups, **how,
+    }  # fmt: skip
+    for convolve in (jax.lax.conv_general_dilated, fast_cpu.conv_general_dilated):
+        with pytest.raises((ValueError, TypeError)):
+            convolve(normal(0, x), normal(1, kernel), **how)
+
+
+def test_operands_of_two_dtypes_are_refused(no_shape_checks):
+    x, kernel = normal(0, (2, 5, 5, 4), jnp.bfloat16), normal(1, (1, 1, 4, 4))
+    with pytest.raises(TypeError, match="dtype"):
+        fast_cpu.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=NHWC)
+
+
+def test_nan_in_max_pooling():
+    x = normal(0, (3, 17, 4))
+    x = jnp.where(normal(1, x.shape) > 0.9, jnp.nan, x)
+    window = dict(window_shape=(4,), strides=(3,), padding=((3, 2),))
+    ours, plain = (
+        value_and_gradients(functools.partial(pool, **window), x)
+        for pool in (fast_cpu.max_pool, nn.max_pool)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, plain)
+
+
+def test_a_mean_of_many_deviations_is_exact_in_batch_norm():
+    x = 0.01 * normal(0, (16, 4, 4, 2)) + 1000
+    norm = fast_cpu.BatchNorm(use_running_average=True)
+    variables = norm.init(jax.random.key(0), x)
+    stats = {"mean": jnp.full(2, 1000.0), "var": jnp.full(2, 1e-4)}
+    y = norm.apply({**variables, "batch_stats": stats}, x)
+    expected = (np.asarray(x, np.float64) - 1000) / np.sqrt(1e-4 + norm.epsilon)
+    np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)

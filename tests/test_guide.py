@@ -38,6 +38,19 @@ class GuideTest(chex.TestCase):
             np.testing.assert_allclose(gradient, expected, rtol=1e-12)
 
 
+@pytest.mark.parametrize("jit", [jax.jit, lambda function: function])
+def test_the_region_is_numpys_argmax(jit):
+    """Ties and NaN included, compiled and not."""
+    rng = np.random.default_rng(0)
+    features = rng.integers(-2, 3, (500, 7)).astype(np.float32)
+    special = rng.random(features.shape)
+    features[special < 0.1] = np.nan
+    features[(special > 0.1) & (special < 0.2)] = np.inf
+    features[special > 0.9] = -np.inf
+    index = jit(region_index)(jnp.asarray(features))
+    np.testing.assert_array_equal(index, features.argmax(-1))
+
+
 def test_nan_gives_a_region_and_shows_in_the_gradient():
     features = jnp.array([[0.0, jnp.nan, 1.0], [0.0, 1.0, 2.0]])
     index = region_index(features)
