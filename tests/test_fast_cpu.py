@@ -44,7 +44,7 @@ def value_and_gradients(function, *args):
     return y, vjp(normal(9, y.shape).astype(y.dtype))
 
 
-@settings(max_examples=10, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(list(KINDS)),
     rank=st.integers(1, 3),
@@ -67,7 +67,7 @@ def test_it_is_xlas_convolution(kind, rank, strides, dilation, padding, dtype):
     assert_close(got, value_and_gradients(make().apply, *wide((low, x))), DTYPES[dtype])
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=5, deadline=None, derandomize=True)
 @given(
     rank=st.integers(1, 3),
     window=st.integers(1, 3),
@@ -89,7 +89,7 @@ def test_it_is_xlas_max_pooling_ties_included(rank, window, strides, padding, dt
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("train", [True, False])
 @jax.numpy_dtype_promotion("standard")  # Flax's does not run in bfloat16 without
-def test_it_is_flaxs_batch_norm(train, dtype):
+def test_it_is_flaxs_batch_norm(train, dtype, compiled_quickly):
     fields = dict(use_running_average=not train, momentum=0.8, dtype=dtype)
     x = 2 * normal(0, (3, 5, 4, 6)) + 1
     variables = nn.BatchNorm(**fields).init(jax.random.key(0), x)
@@ -146,7 +146,7 @@ def convolved(x, kernel_shape, groups=1):
 
 
 @pytest.mark.parametrize("function,shape", CASES.values(), ids=CASES)
-def test_forward_mode_second_derivatives_and_vmap(function, shape):
+def test_forward_mode_second_derivatives_and_vmap(function, shape, compiled_quickly):
     x, t = normal(2, shape), normal(3, shape)
     y, dy = jax.jvp(function, (x,), (t,))
     z, vjp = jax.vjp(function, x)
@@ -236,7 +236,7 @@ def test_other_platforms_get_the_plain_operations(pair, platform):
 
 
 @pytest.mark.parametrize("function,shape", CASES.values(), ids=CASES)
-def test_an_exported_program_is_portable(function, shape):
+def test_an_exported_program_is_portable(function, shape, compiled_quickly):
     def gradient(x):
         return jax.grad(lambda x: jnp.sum(function(x) ** 2))(x)
 
