@@ -22,7 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Num
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.geometry import Window, dilate, pad_in_reach, tap_views
+from drconv_jax.geometry import Length, Window, dilate, pad_in_reach, tap_views
 from drconv_jax.region_conv.derivatives import with_gradient
 
 Convolution = Callable[[Array, Array], Array]
@@ -114,7 +114,7 @@ def conv_general_dilated(
 
 
 def _is_channels_last(
-    dimension_numbers: Any, lhs_shape: tuple[int, ...], rhs_shape: tuple[int, ...]
+    dimension_numbers: Any, lhs_shape: Sequence[Length], rhs_shape: Sequence[Length]
 ) -> bool:
     last = len(lhs_shape) - 1
     found = jax.lax.conv_dimension_numbers(lhs_shape, rhs_shape, dimension_numbers)

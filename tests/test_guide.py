@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from drconv_jax import guide_mask, region_conv, region_index
+from drconv_jax import guide, guide_mask, region_conv, region_index
 from drconv_jax.guide import grid_features
 
 
@@ -49,6 +49,8 @@ def test_the_region_is_numpys_argmax(jit):
     features[special > 0.9] = -np.inf
     index = jit(region_index)(jnp.asarray(features))
     np.testing.assert_array_equal(index, features.argmax(-1))
+    elsewhere = guide._first_largest(jnp.asarray(features))  # op by op, XLA's CPU keeps NaN
+    np.testing.assert_array_equal(elsewhere, features.argmax(-1))
 
 
 def test_nan_gives_a_region_and_shows_in_the_gradient():
