@@ -24,10 +24,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from drconv_jax.dtypes import accumulator
-from drconv_jax.guide import region_index
+from drconv_jax.guide import region_index, region_index_by_comparison
 from drconv_jax.region_conv.mixture import Mixture
 from drconv_jax.region_conv.products import wide_einsum
 from drconv_jax.region_conv.spec import ConvSpec
@@ -82,12 +82,21 @@ def backward(
         dx, dexperts = to_inputs(shared_dy)
         dshares = _inner(outputs, dy)
     out_spatial = tuple(range(1, x.ndim - 1))
-    own = jax.nn.one_hot(region_index(guide_features), weights.shape[1], dtype=bool)[..., None]
+    own = jax.nn.one_hot(_region_index(guide_features), weights.shape[1], dtype=bool)[..., None]
     dweights = jnp.where(own, dshares[..., None, :], 0).sum(axis=out_spatial)
     everywhere = jnp.expand_dims(weights.astype(dshares.dtype), out_spatial)
     scores = (dshares[..., None, :] * everywhere).sum(axis=-1)
     (dmixture,) = to_mixture((dweights.astype(weights.dtype), dexperts.astype(experts.dtype)))
     return dx, dmixture, scores
+
+
+def _region_index(
+    guide_features: Float[Array, "batch *out_spatial regions"],
+) -> Int[Array, batch * out_spatial]:
+    index: Array = jax.lax.platform_dependent(
+        guide_features, cpu=region_index, default=region_index_by_comparison
+    )
+    return index
 
 
 def experts_of(
@@ -132,7 +141,7 @@ def _shares(
 
     TPUs fuse a select with what is around it; a gather, or a product with one-hots, they do not.
     """
-    index = region_index(guide_features)
+    index = _region_index(guide_features)
     shape = (*index.shape, weights.shape[-1])
     of_region = [
         jnp.broadcast_to(jnp.expand_dims(row, range(1, index.ndim)), shape)
