@@ -99,6 +99,19 @@ def test_arithmetic_by_hand():
     assert dry_run.arithmetic(jaxpr) == 3 * convolution  # forward, for the input, for the kernel
 
 
+def test_arithmetic_of_a_drconv_by_hand():
+    """On a mesh of TPUs: all experts at every position, and three times that with gradients."""
+    layer = DRConv(6, (1, 1), regions=3, experts=4, use_bias=False)
+    x = jnp.zeros((2, 5, 5, 7))
+    variables = layer.init(jax.random.key(0), x)
+    experts, guide, mixing = 2 * 50 * 4 * 7 * 6, 2 * 50 * 7 * 3, 2 * 2 * 7 * 3 * 4
+    forward = jax.make_jaxpr(layer.apply)(variables, x).jaxpr
+    assert dry_run.arithmetic(forward) == experts + guide + mixing
+    loss = lambda variables, x: layer.apply(variables, x).sum()  # noqa: E731
+    gradients = jax.make_jaxpr(jax.grad(loss, (0, 1)))(variables, x).jaxpr
+    assert dry_run.arithmetic(gradients) == 4 * experts + 3 * (guide + mixing)
+
+
 def test_messages_in_loops_and_in_pieces():
     hlo = """
 %sum (a: f32[], b: f32[]) -> f32[] {

@@ -435,7 +435,7 @@ def test_what_xla_cannot_partition_says_so(implementation, mesh):
     arguments, kw, _ = draw(15, batch=16)
     sharded = jax.device_put(arguments, NamedSharding(mesh, PartitionSpec("data")))
     run = jax.jit(functools.partial(region_conv, implementation=implementation, **kw))
-    with pytest.raises(NotImplementedError, match=f'"{implementation}" .* use jax.shard_map'):
+    with pytest.raises(NotImplementedError, match=f'"{implementation}" .*use jax.shard_map'):
         run.lower(*sharded)
 
 

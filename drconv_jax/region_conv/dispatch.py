@@ -22,7 +22,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 from jax.core import ShapedArray
-from jax.extend.core import Primitive
+from jax.extend.core import Jaxpr, JaxprEqn, Primitive
 from jax.interpreters import batching, mlir
 from jaxtyping import Array, Float
 
@@ -267,6 +267,15 @@ def _lower(
     program = Program(platform, exported, _is_partitioned(module.axis_context))
     compute = functools.partial(_compute, direction, call, program)
     return mlir.lower_fun(compute, multiple_results=True)(ctx, *args)
+
+
+def traced(equation: JaxprEqn, program: Program) -> Jaxpr:
+    """What a primitive "region_conv" of a traced function becomes in such a program."""
+    compute = functools.partial(
+        _compute, equation.params["direction"], equation.params["call"], program
+    )
+    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    return jax.make_jaxpr(compute)(*structs).jaxpr
 
 
 def _is_partitioned(context: Any) -> bool:

@@ -15,6 +15,7 @@ from flax import linen as nn
 from jax.extend import core
 from rich.table import Table
 
+from drconv_jax.region_conv import dispatch
 from experiments.runtime import tpu
 from experiments.runtime.errors import UserError
 from experiments.runtime.mesh import make_mesh
@@ -250,6 +251,9 @@ def _operations(eqn: core.JaxprEqn) -> float:
         (contracted, _), _ = params["dimension_numbers"]
         terms = math.prod(arguments[0].shape[axis] for axis in contracted)
         return 2.0 * math.prod(results[0].shape) * terms
+    if name == "region_conv":
+        on_a_mesh = dispatch.Program("tpu", exported=False, partitioned=True)
+        return arithmetic(dispatch.traced(eqn, on_a_mesh))
     if name == "conv_general_dilated":
         _, in_features, *spatial = params["dimension_numbers"].rhs_spec
         terms = math.prod(arguments[1].shape[axis] for axis in (in_features, *spatial))
