@@ -274,7 +274,8 @@ def traced(equation: JaxprEqn, program: Program) -> Jaxpr:
     compute = functools.partial(
         _compute, equation.params["direction"], equation.params["call"], program
     )
-    structs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars]
+    shapes: list[Any] = [variable.aval for variable in equation.invars]
+    structs = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in shapes]
     return jax.make_jaxpr(compute)(*structs).jaxpr
 
 
