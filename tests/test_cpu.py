@@ -179,9 +179,6 @@ def test_what_is_declined(monkeypatch):
         cpu.supports(spec, x, filters, guide_features)
         with pytest.raises(NotImplementedError, match="float16"):
             cpu.supports(spec, *(a.astype(jnp.float16) for a in (x, filters, guide_features)))
-        deep = spec_of((1, 1, 1, 1))
-        with pytest.raises(NotImplementedError, match="3 spatial dimensions, not 4"):
-            cpu.supports(deep, *draw(deep, size=2)[:3])
         for of_weights, of_bank in [((3, 1), (1, 2)), ((3, 2), (3, 2))]:
             mixture = draw_mixture(filters, of_weights=of_weights, of_bank=of_bank, bank_regions=1)
             with pytest.raises(NotImplementedError, match="whole filters or single taps"):

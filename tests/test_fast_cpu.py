@@ -1,6 +1,7 @@
 import functools
 import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,6 +69,22 @@ def test_it_is_xlas_convolution(kind, rank, strides, dilation, padding, dtype):
     got = jax.jit(functools.partial(value_and_gradients, ours.apply))(low, x)
     assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype(dtype)}
     assert_close(got, value_and_gradients(make().apply, *wide((low, x))), DTYPES[dtype])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_computes_in_float64(kind):
+    channels, features, groups, kernel = KINDS[kind]
+    make = functools.partial(nn.Conv, features, (kernel, kernel), feature_group_count=groups)
+    shape = (kernel, kernel, channels // groups, features)
+    with jax.enable_x64(True):
+        x = jax.random.normal(jax.random.key(0), (2, 6, 7, channels), jnp.float64)
+        w = jax.random.normal(jax.random.key(1), shape, jnp.float64)
+        params = {"params": {"kernel": w, "bias": jnp.arange(features, dtype=jnp.float64)}}
+        ours = make(conv_general_dilated=fast_cpu.conv_general_dilated)
+        got = jax.jit(functools.partial(value_and_gradients, ours.apply))(params, x)
+        expected = jax.jit(functools.partial(value_and_gradients, make().apply))(params, x)
+        assert {leaf.dtype for leaf in jax.tree.leaves(got)} == {jnp.dtype("float64")}
+        chex.assert_trees_all_close(got, expected, rtol=0, atol=1e-12)
 
 
 @settings(max_examples=5, deadline=None, derandomize=True)

@@ -245,6 +245,13 @@ def test_exported_programs_are_made_of_xlas_operations(shared):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
 
 
+def test_a_function_of_a_mixture_is_exported_and_read_again():
+    _, mixture, _ = draw_layer(7, 3, 5, 3, 4, 2, True)[0]
+    exported = jax.export.export(jax.jit(mix))(mixture)
+    filters = jax.export.deserialize(exported.serialize()).call(mixture)
+    np.testing.assert_allclose(filters, mix(mixture), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize("shared", [True, False])
 def test_any_bytes_may_be_guide_features(shared):
     (x, mixture, guide), _, how = draw_layer(3, 4, 5, 1, 6, 3, shared)

@@ -50,6 +50,10 @@ class Mixture(NamedTuple):
         return self.weights.dtype
 
 
+# A function of a Mixture can be exported; its file is then read where this package is imported.
+jax.export.register_namedtuple_serialization(Mixture, serialized_name="drconv_jax.Mixture")
+
+
 def mix(
     mixture: Mixture, precision: jax.lax.PrecisionLike = None
 ) -> Float[Array, "batch regions *kernel in_per_group features"]:

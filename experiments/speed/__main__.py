@@ -96,7 +96,10 @@ def _run_in(run_dir: pathlib.Path, arguments: Arguments, chosen: Sequence[Case])
         "guide": arguments.guide,
     }
     for measured in _measure(arguments, chosen, console):
-        report.write(run_dir, measured, about | {"seconds": time.time() - start})
+        if measured.results or measured.compiled:
+            report.write(run_dir, measured, about | {"seconds": time.time() - start})
+    if not measured.results and not measured.compiled:
+        raise UserError("nothing was measured. " + " ".join(measured.notes))
     report.show(console, measured)
     plots.write(run_dir, measured.results)
     console.print(f"{time.time() - start:.0f} s; see {run_dir}", highlight=False)
@@ -137,7 +140,11 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
             if not console.is_terminal:
                 console.print(case.label, highlight=False)
             peak[case.dtype] = max(peak.get(case.dtype, 0.0), measure.matmul_peak(case.dtype))
-            results += _time(case, arguments, functools.partial(progress.advance, task))
+            try:
+                results += _time(case, arguments, functools.partial(progress.advance, task))
+            except NotImplementedError as error:
+                notes.append(f"{case.label} is left out: {error}")
+                progress.advance(task, 2 * arguments.rounds)
             if case.level == "layer" and jax.default_backend() == "cpu":
                 found = contenders.training_step_bytes(case, arguments.implementation)
                 step_bytes += [StepBytes(case, *found)] if found else []
@@ -158,10 +165,7 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
 
 
 def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> list[Result]:
-    try:
-        parties = contenders.contenders(case, arguments.implementation, arguments.guide)
-    except NotImplementedError as error:
-        raise UserError(f"--implementation: {error}") from None
+    parties = contenders.contenders(case, arguments.implementation, arguments.guide)
     advance(arguments.rounds)
     seconds = measure.time_rounds(parties, arguments.rounds, lambda: advance(1))
     return [

@@ -35,23 +35,13 @@ def supports(spec: ConvSpec, x: Any, filters: Any, guide_features: Any) -> None:
         raise NotImplementedError("is not there: the package was installed without a C++ compiler")
     if x.dtype not in _DTYPES:
         raise NotImplementedError(f"does not compute in {x.dtype}")
-    if x.ndim > 5:
-        raise NotImplementedError(f"does at most 3 spatial dimensions, not {x.ndim - 2}")
     if isinstance(filters, Mixture):
-        _supports_mixture(filters)
-
-
-def _supports_mixture(mixture: Mixture) -> None:
-    weights, bank, bias = mixture
-    if 1 not in (math.prod(weights.shape[2:-1]), math.prod(bank.shape[2:-2])):
-        raise NotImplementedError(
-            "mixes whole filters or single taps, not with a kernel of "
-            f"{weights.shape[2:-1]} in the weights and of {bank.shape[2:-2]} in the bank"
-        )
-    if bias is not None and bias.shape != (bank.shape[0], *bank.shape[2:]):
-        raise NotImplementedError(
-            f"adds a bias of the bank's shape, not {bias.shape} to {bank.shape}"
-        )
+        of_weights, of_bank = filters.weights.shape[2:-1], filters.bank.shape[2:-2]
+        if 1 not in (math.prod(of_weights), math.prod(of_bank)):
+            raise NotImplementedError(
+                f"mixes whole filters or single taps, not with a kernel of {of_weights} in the "
+                f"weights and of {of_bank} in the bank"
+            )
 
 
 def forward(
