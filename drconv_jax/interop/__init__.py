@@ -1,7 +1,7 @@
 """Weights from public PyTorch implementations, as variables of the Flax modules here.
 
 Every module has a table that says, for every array it needs, the foreign name and how its values
-are laid out there: `drconv` for the layer, `networks` for whole networks. Importing is nothing but
+are laid out there: `drconv` for the layer, `networks` for whole networks, `detection` for detectors. Importing is nothing but
 renaming and transposing, so gradients import the same way as weights.
 """
 
@@ -15,6 +15,8 @@ import numpy as np
 from flax import linen as nn
 from flax.traverse_util import unflatten_dict
 
+from drconv_jax.detection import FasterRCNN
+from drconv_jax.interop.detection import entries_of_detector
 from drconv_jax.interop.drconv import entries_of_drconv
 from drconv_jax.interop.entries import Entry, arrays_of, check_names, converted, prefix_of
 from drconv_jax.interop.networks import NETWORKS, entries_of_network
@@ -38,6 +40,9 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
     the DR-ShuffleNetV2 of megvii-research/DRConv as `ShuffleNetV2(layout="megvii",
     conv=functools.partial(DRConv, regions=8, filter_generator="experts"),
     guide=BlockGuide(8))`.
+
+    Known detectors: `FasterRCNN` and `MaskRCNN` from torchvision's of these names, with its
+    `BackboneWithFPN` over a plain network of those above.
 
     Args:
       module: the Flax module that the weights are for.
@@ -71,5 +76,6 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
 
 _TABLES: Mapping[type[nn.Module], Callable[[Any, Mapping[str, np.ndarray]], Sequence[Entry]]] = {
     DRConv: entries_of_drconv,
+    FasterRCNN: entries_of_detector,
     **dict.fromkeys(NETWORKS, entries_of_network),
 }

@@ -53,8 +53,7 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
         return call(*args, **kwargs)
 
     with nn.intercept_methods(note):
-        variables = flatten_dict(jax.eval_shape(model.init, jax.random.key(0), x))
-    prefixes = {tuple(path.split("/")): prefix for path, prefix in table(model)}
+        variables = jax.eval_shape(model.init, jax.random.key(0), x)
     # "mixture" has parameters of the same shapes, and another scale.
     if released and strange_generators:
         raise ValueError(
@@ -67,7 +66,23 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
             f"guide must be BlockGuide({guide.regions}), as in the code the weights are from, got "
             f"{guide}."
         )
-    strangers = sorted({"/".join(path[1:-1]) for path in variables if path[1:-1] not in prefixes})
+    return entries_of_layers(model, variables, table(model))
+
+
+def entries_of_layers(model: nn.Module, variables: Any, layers: Layers) -> list[Entry]:
+    """The arrays of all layers, by the names that a table gives these.
+
+    Args:
+      model: the network, for an error.
+      variables: shapes of the arrays, as `model.init` lays them out.
+      layers: the table.
+
+    Raises:
+      ValueError: the network has a layer that the table has not.
+    """
+    flat = flatten_dict(variables)
+    prefixes = {tuple(path.split("/")): prefix for path, prefix in layers}
+    strangers = sorted({"/".join(path[1:-1]) for path in flat if path[1:-1] not in prefixes})
     if strangers:
         raise ValueError(
             f"{type(model).__name__} must be plain for its public weights, which have no "
@@ -76,7 +91,7 @@ def entries_of_network(model: nn.Module, arrays: Mapping[str, np.ndarray]) -> li
         )
     return [
         dataclasses.replace(_entry(path, prefixes[path[1:-1]], leaf.shape), dtype=leaf.dtype)
-        for path, leaf in variables.items()
+        for path, leaf in flat.items()
     ]
 
 
