@@ -197,7 +197,7 @@ def main() -> None:
         "every block is a DRConv with 8 regions; dr_..._all: all of them, as in the released code."
     )
     print(f"{'':26}{'multiply-adds':>14}{'published':>10}{'parameters':>12}{'published':>10}")
-    for name in list_models():
+    for name in list_models("classification"):
         model, size = create_model(name), 112 if "facenet" in name else 224
         counts = [count(model, (1, size, size, 3)) for count in (multiply_adds, parameters)]
         published = PUBLISHED.get(name, (None, None))

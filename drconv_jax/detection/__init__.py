@@ -6,7 +6,7 @@ from drconv_jax.detection.masks import mask_targets, mask_targets_of_crops, past
 from drconv_jax.detection.matching import match, sample
 from drconv_jax.detection.nms import nms
 from drconv_jax.detection.pyramid import FeaturePyramid
-from drconv_jax.detection.rcnn import Detections, FasterRCNN, MaskRCNN, Objects
+from drconv_jax.detection.rcnn import Detections, FasterRCNN, MaskRCNN, Objects, as_backbone
 from drconv_jax.detection.roi_align import levels_of, multilevel_roi_align, roi_align
 from drconv_jax.detection.rpn import RegionProposalNetwork
 
@@ -19,6 +19,7 @@ __all__ = [
     "MaskRCNN",
     "Objects",
     "RegionProposalNetwork",
+    "as_backbone",
     "levels_of",
     "mask_targets",
     "mask_targets_of_crops",

@@ -44,7 +44,7 @@ def _led(array: Array, axes: int) -> Array:
     return jnp.expand_dims(array, range(axes))
 
 
-def clip(boxes: Float[Array, "*n 4"], size: Int[Array, "2"]) -> Float[Array, "*n 4"]:
+def clip(boxes: Float[Array, "*n 4"], size: Int[Array, " 2"]) -> Float[Array, "*n 4"]:
     """Boxes cut to an image.
 
     Args:
@@ -83,17 +83,20 @@ class BoxCoder:
         deltas = jnp.concatenate(
             [(centres - own_centres) / own_sides, jnp.log(sides / own_sides)], axis=-1
         )
-        return jnp.where(real, deltas * _led(jnp.asarray(self.weights, deltas.dtype), boxes.ndim - 1), 0)
+        return jnp.where(real, deltas * self._weights(deltas), 0)
 
     def decode(
         self, deltas: Float[Array, "*n 4"], references: Float[Array, "*n 4"]
     ) -> Float[Array, "*n 4"]:
         """The boxes that are `deltas` away from `references`; sides grow 62.5 times at most."""
-        deltas = deltas / _led(jnp.asarray(self.weights, deltas.dtype), deltas.ndim - 1)
+        deltas = deltas / self._weights(deltas)
         sides, centres = _sides_and_centres(references)
         centres = deltas[..., :2] * sides + centres
         half = 0.5 * jnp.exp(jnp.minimum(deltas[..., 2:], _LARGEST_GROWTH)) * sides
         return jnp.concatenate([centres - half, centres + half], axis=-1)
+
+    def _weights(self, like: Array) -> Array:
+        return _led(jnp.asarray(self.weights, like.dtype), like.ndim - 1)
 
 
 def _sides_and_centres(

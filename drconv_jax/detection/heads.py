@@ -44,9 +44,9 @@ class BoxHead(nn.Module):
         for name in ("fc6", "fc7"):
             x = nn.relu(dense(self.features, kernel_init=_uniform, name=name)(x))
         logits = dense(self.classes, kernel_init=nn.initializers.normal(0.01), name="class")(x)
-        deltas = dense(
-            4 * self.classes, kernel_init=nn.initializers.normal(0.001), name="deltas"
-        )(x)
+        deltas = dense(4 * self.classes, kernel_init=nn.initializers.normal(0.001), name="deltas")(
+            x
+        )
         deltas = deltas.reshape(-1, self.classes, 4)
         return logits.astype(jnp.float32), deltas.astype(jnp.float32)
 
@@ -118,7 +118,7 @@ def detect(
     deltas: Float[Array, "n classes 4"],
     proposals: Float[Array, "n 4"],
     real: Bool[Array, " n"],
-    size: Int[Array, "2"],
+    size: Int[Array, " 2"],
     *,
     limit: int,
     score_threshold: float,

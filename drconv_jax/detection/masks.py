@@ -54,9 +54,9 @@ def mask_targets_of_crops(
         sides = jnp.maximum(own[2:] - own[:2], 1)  # as roi_align made the crops
         box = (box.reshape(2, 2) - own[None, :2]) / sides[None] * cells
         crop = jnp.pad(crops[of].astype(boxes.dtype), 1)[..., None]
-        return roi_align(
-            crop, box.reshape(1, 4) + 1, (size, size), sampling_ratio=2, aligned=True
-        )[0, ..., 0]
+        return roi_align(crop, box.reshape(1, 4) + 1, (size, size), sampling_ratio=2, aligned=True)[
+            0, ..., 0
+        ]
 
     return jax.vmap(cut)(boxes, matched)
 
@@ -90,7 +90,7 @@ def paste_masks(
 def _interpolation(
     low: Float[Array, " n"], pixels: Float[Array, " n"], cells: int, length: int
 ) -> Float[Array, "n length cells"]:
-    """How much of each cell is at each pixel of an axis: cells are spread over `pixels` from `low`."""
+    """How much of each cell is at each pixel of an axis; cells are spread over `pixels` of them."""
     at = jnp.arange(length, dtype=low.dtype)[None] - low[:, None]
     point = jnp.clip((at + 0.5) * (cells / pixels)[:, None] - 0.5, 0, cells - 1)
     inside = (at >= 0) & (at < pixels[:, None])

@@ -50,12 +50,12 @@ class Sample(NamedTuple):
     """Boxes drawn for a loss, positives first.
 
     Attributes:
-      index: of the boxes.
+      chosen: indices of the boxes.
       positive: which of them have an object to learn.
       real: which slots hold a box at all.
     """
 
-    index: Int[Array, " size"]
+    chosen: Int[Array, " size"]
     positive: Bool[Array, " size"]
     real: Bool[Array, " size"]
 

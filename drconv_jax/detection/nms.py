@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import numpy as np
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from drconv_jax.detection.boxes import iou
@@ -50,7 +52,7 @@ def nms(
     count = jnp.asarray(n, jnp.int32) if real is None else real.sum(dtype=jnp.int32)
     groups = jnp.zeros(n, jnp.int32) if groups is None else groups
     threshold = _rounded_down(iou_threshold)
-    earlier = jnp.arange(_BLOCK)[:, None] < jnp.arange(_BLOCK)
+    earlier = jnp.arange(_BLOCK)[:, None] < jnp.arange(_BLOCK)[None]
 
     def overlap(a: Int[Array, " a"], b: Int[Array, " b"]) -> Bool[Array, "a b"]:
         same = groups[a][:, None] == groups[b][None]
@@ -78,11 +80,17 @@ def nms(
     return kept, jnp.arange(limit) < size
 
 
-def _until_constant(function, value: Array) -> Array:
-    state = function(value), value
-    return jax.lax.while_loop(
-        lambda state: (state[0] != state[1]).any(), lambda state: (function(state[0]), state[0]), state
-    )[0]
+def _until_constant(function: Callable[[Array], Array], value: Array) -> Array:
+    """Applies a function again and again, until that changes nothing."""
+
+    def again(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        return function(state[0]), state[0]
+
+    def changes(state: tuple[Array, Array]) -> Array:
+        return (state[0] != state[1]).any()
+
+    result: Array = jax.lax.while_loop(changes, again, (function(value), value))[0]
+    return result
 
 
 def _rounded_down(threshold: float) -> np.float32:

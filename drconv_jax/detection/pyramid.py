@@ -41,8 +41,16 @@ def conv(
       group_norm: whether it has a norm in place of a bias.
       dtype: of the computation.
     """
-    make = functools.partial(make, kernel_init=kernel_init)
-    x = parts.conv(x, features, name, make=make, kernel=kernel, use_bias=not group_norm, dtype=dtype)
+    x = parts.conv(
+        x,
+        features,
+        name,
+        make=make,
+        kernel=kernel,
+        use_bias=not group_norm,
+        kernel_init=kernel_init,
+        dtype=dtype,
+    )
     if group_norm:
         x = nn.GroupNorm(math.gcd(_GROUPS, features), dtype=dtype, name=f"{name}_norm")(x)
     return x
@@ -83,16 +91,16 @@ class FeaturePyramid(nn.Module):
         )
         inner = [made(x, name=f"inner{i}", kernel=1) for i, x in enumerate(maps)]
         for i in reversed(range(len(inner) - 1)):
-            inner[i] += _enlarged(inner[i + 1], inner[i].shape[1:3])
+            inner[i] += _enlarged(inner[i + 1], *inner[i].shape[1:3])
         levels = [made(x, name=f"layer{i}") for i, x in enumerate(inner)]
         return [*levels, levels[-1][:, ::2, ::2]]
 
 
 def _enlarged(
-    x: Float[Array, "batch height width channels"], size: tuple[int, int]
+    x: Float[Array, "batch height width channels"], out_height: int, out_width: int
 ) -> Float[Array, "batch out_height out_width channels"]:
     """Every position takes the value of the nearest one before it."""
-    for axis, length in ((1, size[0]), (2, size[1])):
+    for axis, length in ((1, out_height), (2, out_width)):
         if length == 2 * x.shape[axis]:
             x = jnp.repeat(x, 2, axis=axis)
         else:

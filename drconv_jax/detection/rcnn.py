@@ -69,8 +69,8 @@ class FasterRCNN(nn.Module):
       >>> from drconv_jax.models import ShuffleNetV2
       >>> model = FasterRCNN(ShuffleNetV2(width=0.5), num_classes=3)
       >>> images, sizes = jnp.ones((1, 64, 96, 3)), jnp.array([[64, 90]])
-      >>> found, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), images, sizes)
-      >>> found.boxes.shape
+      >>> variables = jax.eval_shape(model.init, jax.random.key(0), images, sizes)
+      >>> jax.eval_shape(model.apply, variables, images, sizes).boxes.shape
       (1, 100, 4)
 
     Attributes:
@@ -127,9 +127,7 @@ class FasterRCNN(nn.Module):
 
     def setup(self) -> None:
         """Names the parts."""
-        self.pyramid = FeaturePyramid(
-            self.features, self.pyramid_conv, self.group_norm, self.dtype
-        )
+        self.pyramid = FeaturePyramid(self.features, self.pyramid_conv, self.group_norm, self.dtype)
         self.rpn = rpn.RegionProposalNetwork(
             self.anchors, self.rpn_depth, self.head_conv, self.dtype
         )
@@ -190,8 +188,8 @@ class FasterRCNN(nn.Module):
         missing = [stride for stride in self.strides if stride not in found]
         if missing:
             raise ValueError(
-                f"strides must be among those of the backbone's maps, {', '.join(map(str, found))}, "
-                f"got {self.strides}."
+                f"strides must be among those of the backbone's maps, {tuple(found)}, got "
+                f"{self.strides}."
             )
         maps: Maps = self.pyramid([found[stride] for stride in self.strides])
         return maps
@@ -242,11 +240,11 @@ class FasterRCNN(nn.Module):
             self.rpn_batch_size_per_image,
             self.rpn_positive_fraction,
         )
-        own = _of(objects.boxes, jnp.maximum(_of(matched, drawn.index), 0))
+        own = _of(objects.boxes, jnp.maximum(_of(matched, drawn.chosen), 0))
         return losses.rpn_losses(
-            _of(jnp.concatenate(objectness, axis=1), drawn.index),
-            _of(jnp.concatenate(deltas, axis=1), drawn.index),
-            rpn.CODER.encode(own, anchors[drawn.index]),
+            _of(jnp.concatenate(objectness, axis=1), drawn.chosen),
+            _of(jnp.concatenate(deltas, axis=1), drawn.chosen),
+            rpn.CODER.encode(own, anchors[drawn.chosen]),
             drawn.positive,
             drawn.real,
         )
@@ -270,9 +268,9 @@ class FasterRCNN(nn.Module):
             self.box_batch_size_per_image,
             self.box_positive_fraction,
         )
-        matched = jnp.maximum(_of(matched, drawn.index), 0)
+        matched = jnp.maximum(_of(matched, drawn.chosen), 0)
         labels = jnp.where(drawn.positive, _of(objects.labels, matched), 0)
-        return _Regions(_of(boxes, drawn.index), matched, labels, drawn.real)
+        return _Regions(_of(boxes, drawn.chosen), matched, labels, drawn.real)
 
     def _head_losses(
         self, maps: Maps, regions: _Regions, objects: Objects, sizes: Array
@@ -364,6 +362,17 @@ class MaskRCNN(FasterRCNN):
         return found._replace(masks=jnp.where((found.labels > 0)[..., None, None], masks, 0))
 
 
+def as_backbone(variables: Any) -> Any:
+    """Variables of a network under the names that they have in a detector over it.
+
+    For `drconv_jax.weights.load_matching`, which starts a detector from a classifier and reports
+    what fitted::
+
+      variables, report = load_matching(detector.init(key, images, sizes), as_backbone(source))
+    """
+    return {collection: {"backbone": tree} for collection, tree in variables.items()}
+
+
 class _Regions(NamedTuple):
     """Boxes that the heads learn of; those of objects come first."""
 
@@ -382,7 +391,9 @@ def _sample(
 ) -> Sample:
     """`matching.sample` of every image."""
     keys = jax.random.split(key, positive.shape[0])
-    drawn: Sample = jax.vmap(lambda *args: sample(*args, size, fraction))(keys, positive, negative)
+    drawn: Sample = jax.vmap(lambda key, p, n: sample(key, p, n, size, fraction))(
+        keys, positive, negative
+    )
     return drawn
 
 
@@ -409,5 +420,5 @@ def _of(
     return jax.vmap(lambda v, i: v[i])(values, index)
 
 
-def _flat(values: Num[Array, "batch n *rest"]) -> Num[Array, "batch_n *rest"]:
+def _flat(values: Num[Array, "batch n *rest"]) -> Num[Array, " _ *rest"]:
     return values.reshape(-1, *values.shape[2:])

@@ -108,8 +108,8 @@ class _Taps(NamedTuple):
     column: Shaped[Array, "n out_width taps"]
 
     @property
-    def each(self) -> Iterator[tuple[Shaped[Array, "n out_height 1"], Shaped[Array, "n 1 out_width"]]]:
-        """The cells of every bin, one after another."""
+    def each(self) -> Iterator[tuple[Shaped[Array, "n _ 1"], Shaped[Array, "n 1 _"]]]:
+        """The cells of every bin, one after another, by row and by column."""
         for a in range(self.row.shape[-1]):
             for b in range(self.column.shape[-1]):
                 yield self.row[:, :, None, a], self.column[:, None, :, b]
@@ -122,8 +122,8 @@ def _interpolated(
     """The sum over taps of weight times cell; without a loop, so that XLA makes one pass of it."""
     total: Any = 0
     for (y, x), (wy, wx) in zip(index.each, weight.each, strict=True):
-        values = table[y + x]
-        total += (wy * wx)[..., None].astype(accumulator(values.dtype)) * values
+        values = table[y + x].astype(accumulator(table.dtype))
+        total += (wy * wx)[..., None].astype(values.dtype) * values
     return total.astype(table.dtype)
 
 
@@ -238,6 +238,5 @@ def _taps(
     cells = jnp.stack([low, jnp.minimum(low + 1, (size - 1).astype(low.dtype))], axis=-1)
     weights = jnp.stack([1 - beyond, beyond], axis=-1) / points.shape[-1]
     weights = jnp.where(inside[..., None], weights, 0)
-    return tuple(
-        value.reshape(*value.shape[:2], -1) for value in (cells.astype(jnp.int32), weights)
-    )
+    cells, weights = (value.reshape(*value.shape[:2], -1) for value in (cells, weights))
+    return cells.astype(jnp.int32), weights

@@ -76,9 +76,7 @@ class _Head(nn.Module):
     def __call__(
         self, x: Float[Array, "batch height width channels"]
     ) -> tuple[Float[Array, "batch anchors"], Float[Array, "batch anchors 4"]]:
-        made = functools.partial(
-            conv, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype
-        )
+        made = functools.partial(conv, kernel_init=nn.initializers.normal(0.01), dtype=self.dtype)
         for i in range(self.depth):
             x = nn.relu(made(x, x.shape[-1], f"conv{i}", make=self.conv))
         objectness = made(x, self.anchors, "objectness", kernel=1)
@@ -94,7 +92,7 @@ def propose(
     objectness: Sequence[Float[Array, " _"]],
     deltas: Sequence[Float[Array, "_ 4"]],
     anchors: Sequence[Float[Array, "_ 4"]],
-    size: Int[Array, "2"],
+    size: Int[Array, " 2"],
     *,
     pre_nms_top_n: int,
     post_nms_top_n: int,

@@ -1,8 +1,9 @@
 """Weights from public PyTorch implementations, as variables of the Flax modules here.
 
 Every module has a table that says, for every array it needs, the foreign name and how its values
-are laid out there: `drconv` for the layer, `networks` for whole networks, `detection` for detectors. Importing is nothing but
-renaming and transposing, so gradients import the same way as weights.
+are laid out there: `drconv` for the layer, `networks` for whole networks, `detection` for
+detectors. Importing is nothing but renaming and transposing, so gradients import the same way as
+weights.
 """
 
 from __future__ import annotations

@@ -32,23 +32,25 @@ def entries_of_detector(model: FasterRCNN, arrays: Mapping[str, np.ndarray]) -> 
 
 
 def _layers(model: FasterRCNN) -> Layers:
-    table = next((t for kind, (t, *_) in NETWORKS.items() if isinstance(model.backbone, kind)), None)
-    if table is None:
+    tables = [t for kind, (t, *_) in NETWORKS.items() if isinstance(model.backbone, kind)]
+    if not tables:
         raise ValueError(
             f"backbone must be one of {', '.join(kind.__name__ for kind in NETWORKS)}, got "
             f"{type(model.backbone).__name__}."
         )
-    for ours, theirs in table(model.backbone):
+    for ours, theirs in tables[0](model.backbone):
         yield f"backbone/{ours}", f"backbone.body.{theirs.removeprefix('features.')}"
     for i in range(len(model.strides)):
         yield f"pyramid/inner{i}", f"backbone.fpn.inner_blocks.{i}.0"
         yield f"pyramid/layer{i}", f"backbone.fpn.layer_blocks.{i}.0"
     for i in range(model.rpn_depth):
         yield f"rpn/head/conv{i}", f"rpn.head.conv.{i}.0"
-    yield from (("rpn/head/objectness", "rpn.head.cls_logits"), ("rpn/head/deltas", "rpn.head.bbox_pred"))
-    yield from ((f"box_head/{name}", f"roi_heads.box_head.{name}") for name in ("fc6", "fc7"))
-    yield from ((f"box_head/{ours}", f"roi_heads.box_predictor.{theirs}")
-                for ours, theirs in (("class", "cls_score"), ("deltas", "bbox_pred")))  # fmt: skip
+    yield "rpn/head/objectness", "rpn.head.cls_logits"
+    yield "rpn/head/deltas", "rpn.head.bbox_pred"
+    yield "box_head/fc6", "roi_heads.box_head.fc6"
+    yield "box_head/fc7", "roi_heads.box_head.fc7"
+    yield "box_head/class", "roi_heads.box_predictor.cls_score"
+    yield "box_head/deltas", "roi_heads.box_predictor.bbox_pred"
     if isinstance(model, MaskRCNN):
         for i in range(len(model.mask_features)):
             yield f"mask_head/conv{i}", f"roi_heads.mask_head.{i}.0"
@@ -67,7 +69,7 @@ def _as_torchvision_has_it(entry: Entry) -> Entry:
 
         return dataclasses.replace(entry, convert=channels_last)
     if entry.path[-3:] == ("mask_head", "upsample", "kernel"):
-        features, channels, *kernel = entry.shape  # a transposed convolution: in, out, height, width
+        features, channels, *kernel = entry.shape  # a transposed convolution's: in, out
         return dataclasses.replace(
             entry,
             shape=(channels, features, *kernel),

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
-from flax.typing import Dtype
+from flax.typing import Dtype, Initializer
 from jaxtyping import Array, Float
 
 from drconv_jax import fast_cpu
@@ -46,6 +46,7 @@ def conv(
     kernel: int = 1,
     strides: int = 1,
     use_bias: bool = False,
+    kernel_init: Initializer | None = None,
     dtype: Dtype | None = None,
     guide: GuideFor | None = None,
 ) -> Float[Array, "batch out_height out_width features"]:
@@ -58,11 +59,14 @@ def conv(
       make: the module.
       kernel, strides: in both dimensions.
       use_bias: whether it has a bias.
+      kernel_init: of its kernel; None is the module's own.
       dtype: of the computation.
       guide: makes the guide features that the module is given besides x.
     """
     if make is nn.Conv:
         make = functools.partial(nn.Conv, conv_general_dilated=fast_cpu.conv_general_dilated)
+    if kernel_init is not None:
+        make = functools.partial(make, kernel_init=kernel_init)
     module = make(
         features,
         (kernel, kernel),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from flax import linen as nn
 
@@ -24,7 +25,10 @@ _WIDTHS: Mapping[str, tuple[type[nn.Module], tuple[float, ...]]] = {
 }
 
 
+@functools.cache
 def _networks() -> dict[str, Callable[..., nn.Module]]:
+    from drconv_jax import detection  # here, because detectors are made of networks
+
     plain: dict[str, Callable[..., nn.Module]] = {
         f"{family}_x{width}".replace(".", "_"): functools.partial(network, width=width)
         for family, (network, widths) in _WIDTHS.items()
@@ -41,21 +45,49 @@ def _networks() -> dict[str, Callable[..., nn.Module]]:
         else:
             dynamic[f"dr_{name}"] = functools.partial(dr, placement="last")
             dynamic[f"dr_{name}_all"] = functools.partial(dr, placement="all")
-    return plain | dynamic
+    detectors: dict[str, Callable[..., nn.Module]] = {}
+    for name, network in (plain | dynamic).items():
+        family = name.removeprefix("dr_")
+        for kind, detector in (
+            ("fasterrcnn", detection.FasterRCNN),
+            ("maskrcnn", detection.MaskRCNN),
+        ):
+            if not family.startswith("mobilefacenet"):  # whose head takes one size of images
+                prefix = name.removesuffix(family)
+                detectors[f"{prefix}{kind}_{family}_fpn"] = functools.partial(
+                    _detector, detector, network
+                )
+    return plain | dynamic | detectors
 
 
-_NETWORKS = _networks()
+def _detector(
+    detector: type[nn.Module], network: Callable[..., nn.Module], **fields: Any
+) -> nn.Module:
+    """A detector; of its fields, those that it does not have are the backbone's."""
+    own = {field.name for field in dataclasses.fields(detector)}
+    backbone = network(
+        num_classes=None,
+        **{name: value for name, value in fields.items() if name not in own or name == "dtype"},
+    )
+    return detector(backbone, **{name: v for name, v in fields.items() if name in own})
 
 
-def list_models() -> list[str]:
-    """The names that `create_model` takes.
+def list_models(task: Literal["classification", "detection"] | None = None) -> list[str]:
+    """The names that `create_model` takes, all of them or those of networks for one task.
 
     Networks have the widths of their papers. With "dr_" before it, the last 1x1 convolution of a
     block is a DRConv with 8 regions and the block's guide, which gives the DRConv paper's 46 M
     multiply-adds for "dr_shufflenet_v2_x0_5"; with "_all" behind it too, all of a block's 1x1
-    convolutions are, as in the authors' released code.
+    convolutions are, as in the authors' released code. "maskrcnn_shufflenet_v2_x1_0_fpn" and
+    "fasterrcnn_..." are detectors on a feature pyramid over the network of that name, plain or, as
+    in "dr_maskrcnn_shufflenet_v2_x1_0_fpn", with DRConv; their num_classes is without background,
+    and fields that a detector does not have are its backbone's.
     """
-    return list(_NETWORKS)
+    return [
+        name
+        for name in _networks()
+        if task is None or (task == "detection") == name.endswith("_fpn")
+    ]
 
 
 def create_model(name: str, **fields: Any) -> nn.Module:
@@ -74,7 +106,8 @@ def create_model(name: str, **fields: Any) -> nn.Module:
     Raises:
       ValueError: there is no network of that name.
     """
-    if name not in _NETWORKS:
-        near = difflib.get_close_matches(name, _NETWORKS, n=3, cutoff=0.0)
+    networks = _networks()
+    if name not in networks:
+        near = difflib.get_close_matches(name, networks, n=3, cutoff=0.0)
         raise ValueError(f'there is no model "{name}"; the nearest names are {", ".join(near)}.')
-    return _NETWORKS[name](**fields)
+    return networks[name](**fields)
