@@ -89,10 +89,10 @@ class Annotations:
         """The run-length code of an object's mask."""
         return self.codes[self.first_code[number] : self.first_code[number + 1]].tobytes()
 
-    def have_objects(self) -> Bool[np.ndarray, N]:
-        """Which images have an object that is no crowd."""
+    def object_counts(self) -> Int64[np.ndarray, N]:
+        """How many objects each image has, crowds not counted."""
         image = np.repeat(np.arange(len(self)), np.diff(self.first))
-        return np.bincount(image[~self.crowd], minlength=len(self)) > 0
+        return np.bincount(image[~self.crowd], minlength=len(self))
 
     def of_images(self, kept: Bool[np.ndarray, N]) -> Annotations:
         """The same without the images that are not kept, and their objects."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -43,67 +42,58 @@ class Canvases:
     @classmethod
     def of(
         cls,
-        heights: Sequence[int] | np.ndarray,
-        widths: Sequence[int] | np.ndarray,
+        heights: Int64[np.ndarray, images],
+        widths: Int64[np.ndarray, images],
         min_size: int,
         max_size: int,
-        batch_size: int,
     ) -> Canvases:
-        """Chooses from upright and lying canvases of three lengths: of 1:1, 4:3 and the longest.
-
-        One that no image is smallest on is left out. There is one of max_size x max_size more if
-        without it some image could be in no batch of training: as where a single one is upright.
+        """Those in use of upright and lying canvases of three lengths: 1:1, 4:3 and the longest.
 
         Args:
           heights, widths: of the images before resizing.
           min_size, max_size: of the resized images' shorter and longer side, at most.
-          batch_size: images in a batch of all processes.
         """
         shapes = _shapes(min_size, max_size)
-        sizes = [
-            resized_size(int(height), int(width), min_size, max_size)
-            for height, width in zip(heights, widths, strict=True)
-        ]
-        smallest = np.array([_smallest(shapes, *size) for size in sizes], np.int64)
-        used = np.unique(smallest)
-        found = cls(tuple(shapes[s] for s in used), np.searchsorted(used, smallest))
-        if all(found._seen(batch_size)):
-            return found
-        square = Canvas(_up(max_size), _up(max_size))
-        if square in found.shapes:
-            return found
-        return cls((*found.shapes, square), found.smallest)
+        smallest = np.empty(len(heights), np.int64)
+        for image, size in enumerate(zip(heights.tolist(), widths.tolist(), strict=True)):
+            height, width = resized_size(*size, min_size, max_size)
+            smallest[image] = next(
+                place for place, (h, w) in enumerate(shapes) if h >= height and w >= width
+            )
+        used, smallest = np.unique(smallest, return_inverse=True)
+        return cls(tuple(shapes[place] for place in used), smallest)
 
     def steps(self, batch_size: int) -> int:
-        """Batches in an epoch of training; fewer than images // batch_size if some do not mix."""
-        counts = np.bincount(self.smallest, minlength=len(self.shapes)).tolist()
-        batches = 0
-        for place in range(len(self.shapes)):
-            batches += counts[place] // batch_size
-            larger = self._larger(place)
-            if larger is not None:
-                counts[larger] += counts[place] % batch_size
-        return batches
+        """Batches in an epoch of training."""
+        return len(self.smallest) // batch_size
 
     def epoch(self, batch_size: int, seed: int, epoch: int) -> list[Group]:
         """The batches of an epoch of training, in an order drawn from the seed and the epoch.
 
-        No image is twice in it. What fills no batch on its smallest canvas goes to the next larger
-        one, and is in no batch of this epoch only where there is none.
+        No image is twice in it; what is more than whole batches is left out by lot. Images that
+        fill no batch on their smallest canvas go to the next larger one. Where neither of the
+        largest holds the other, upright and lying, what fills no batch on either is one batch on
+        the canvas of most of it: the others must be made smaller to lie there.
         """
         generator = np.random.default_rng((seed, epoch))
         order = generator.permutation(len(self.smallest))
+        order = order[: self.steps(batch_size) * batch_size]
         waiting = [order[self.smallest[order] == place] for place in range(len(self.shapes))]
-        groups = []
+        groups: list[Group] = []
+        rest: list[Group] = []
         for place, canvas in enumerate(self.shapes):
             images = waiting[place]
             whole = len(images) // batch_size * batch_size
             groups += [Group(canvas, batch) for batch in images[:whole].reshape(-1, batch_size)]
             larger = self._larger(place)
-            if larger is not None:
-                mixed = np.concatenate([waiting[larger], images[whole:]])
-                waiting[larger] = generator.permutation(mixed)
-        return [groups[i] for i in generator.permutation(len(groups))]
+            if larger is None:
+                rest.append(Group(canvas, images[whole:]))
+            else:
+                waiting[larger] = np.concatenate([images[whole:], waiting[larger]])
+        mixed = np.concatenate([group.images for group in rest])
+        if len(mixed):  # a batch exactly, as all images are whole batches
+            groups.append(Group(max(rest, key=lambda group: len(group.images)).canvas, mixed))
+        return [groups[place] for place in generator.permutation(len(groups))]
 
     def evaluation(self, batch_size: int) -> list[Group]:
         """Batches with every image once; -1 stands for none behind the last of each canvas."""
@@ -123,20 +113,6 @@ class Canvases:
                 return other
         return None
 
-    def _seen(self, batch_size: int) -> list[bool]:
-        """Of each canvas, whether its images can be in a batch, on itself or a larger one."""
-        counts = np.bincount(self.smallest, minlength=len(self.shapes)).tolist()
-        seen = []
-        for place in range(len(self.shapes)):
-            larger = self._larger(place)
-            seen.append(counts[place] >= batch_size)
-            if larger is not None:
-                counts[larger] += counts[place] % batch_size
-        for place in reversed(range(len(self.shapes))):
-            larger = self._larger(place)
-            seen[place] = seen[place] or (larger is not None and seen[larger])
-        return seen
-
 
 def _shapes(min_size: int, max_size: int) -> list[Canvas]:
     short = _up(min_size)
@@ -147,7 +123,3 @@ def _shapes(min_size: int, max_size: int) -> list[Canvas]:
 
 def _up(size: int) -> int:
     return -(-size // _MULTIPLE) * _MULTIPLE
-
-
-def _smallest(shapes: Sequence[Canvas], height: int, width: int) -> int:
-    return next(place for place, (h, w) in enumerate(shapes) if h >= height and w >= width)

@@ -83,9 +83,21 @@ class CocoSplit:
 
     def with_objects(self) -> CocoSplit:
         """The same without the images in which there is no object but crowds."""
-        kept = self.annotations.have_objects()
+        kept = self.annotations.object_counts() > 0
         files = [self.files[index] for index in np.flatnonzero(kept)]
         return dataclasses.replace(self, annotations=self.annotations.of_images(kept), files=files)
+
+    def without_slot(self, slots: int) -> str | None:
+        """How many objects have none of an image's slots, for people; None if all have one."""
+        counts = self.annotations.object_counts()
+        more = np.maximum(counts - slots, 0)
+        if not more.any():
+            return None
+        return (
+            f"{count_of(int(more.sum()), 'object')} beyond {slots} in "
+            f"{count_of(int((more > 0).sum()), 'image')} of {self.json}, drawn anew each time"
+            f" (the most in one is {counts.max():,})"
+        )
 
     def digest(self) -> str:
         """The same for the same images and annotations, wherever they lie.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt8
+from jaxtyping import Float32, Int64, Num, UInt8
 
 from experiments.detection import rle
 from experiments.detection.rle import Window
@@ -38,17 +38,19 @@ def resized(
     if (height, width) == (old_height, old_width):
         return image
     low, high, weight = taps(old_width, width, 0, width)
-    columns = _mixed(image[:, low], image[:, high], weight[:, None])
+    wide = mixed(image[:, low], image[:, high], weight[:, None])
     low, high, weight = taps(old_height, height, 0, height)
-    mixed = _mixed(columns[low], columns[high], weight[:, None, None])
-    return np.rint(mixed, out=mixed).astype(np.uint8)
+    both = mixed(wide[low], wide[high], weight[:, None, None])
+    return np.rint(both, out=both).astype(np.uint8)
 
 
-def _mixed(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """In float32, and with as few arrays in between as it takes."""
-    mixed = np.multiply(low, 1 - weight, dtype=np.float32)
-    mixed += np.multiply(high, weight, dtype=np.float32)
-    return mixed
+def mixed(
+    low: Num[np.ndarray, ...], high: Num[np.ndarray, ...], weight: Float32[np.ndarray, ...]
+) -> Float32[np.ndarray, ...]:
+    """(1 - weight) * low + weight * high, in float32."""
+    both = np.multiply(low, 1 - weight, dtype=np.float32)
+    both += np.multiply(high, weight, dtype=np.float32)
+    return both
 
 
 def mask_of_box(

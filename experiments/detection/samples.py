@@ -34,7 +34,6 @@ class Sample(NamedTuple):
       labels: from 1; 0 in empty slots.
       masks: each object's mask cut to its box, times 255 (`resampling.mask_of_box`); S is 0 where
         no masks are asked for.
-      without_slot: the objects for which there was none.
     """
 
     image: UInt8[np.ndarray, "height width 3"]
@@ -42,7 +41,6 @@ class Sample(NamedTuple):
     boxes: Float32[np.ndarray, "G 4"]
     labels: Int32[np.ndarray, G]
     masks: UInt8[np.ndarray, "G S S"]
-    without_slot: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +50,7 @@ class Preparation:
     Attributes:
       min_size, max_size: an image is scaled until its shorter side has min_size pixels or its
         longer side max_size, whichever is sooner (Ren et al., 2015, Section 3.3).
-      slots: objects of an image, at most; 1 or more.
+      slots: objects of an image, at most, at least 1; which of more there are is drawn.
       mask_size: pixels a side of the objects' masks; 0 for none.
       jitter: in training, the scale is multiplied by a number drawn from this range, of numbers
         above 0 and up to 1.
@@ -98,7 +96,7 @@ class Preparation:
           content: the encoded image.
           height, width: as the annotations tell them.
           objects: the annotations.
-          canvas: must hold the image without jitter.
+          canvas: an image for which it is too small is made smaller.
           generator: draws.
 
         Raises:
@@ -107,16 +105,15 @@ class Preparation:
         jitter = generator.uniform(*self.jitter)
         mirrored = self.flip and generator.random() < 0.5
         image = decode(content, height, width)
-        size = resized_size(height, width, self.min_size, self.max_size, jitter)
+        size = self._size(height, width, canvas, jitter)
         pixels = resampling.resized(image[:, ::-1] if mirrored else image, *size)
         own = _corners(objects.boxes, height, width)
         boxes = _moved(own, height, width, size, mirrored=mirrored)
         sized = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
         chosen = np.flatnonzero(sized & ~objects.crowd)
-        without_slot = max(len(chosen) - self.slots, 0)
-        if without_slot:
+        if len(chosen) > self.slots:
             chosen = np.sort(generator.choice(chosen, self.slots, replace=False))
-        sample = self._empty(pixels, canvas)._replace(without_slot=without_slot)
+        sample = self._empty(pixels, canvas)
         sample.boxes[: len(chosen)] = boxes[chosen]
         sample.labels[: len(chosen)] = objects.labels[chosen]
         if self.mask_size:
@@ -132,12 +129,22 @@ class Preparation:
         Raises:
           BrokenImageError: the image cannot be decoded, or has another size.
         """
-        size = resized_size(height, width, self.min_size, self.max_size)
+        size = self._size(height, width, canvas)
         return self._empty(resampling.resized(decode(content, height, width), *size), canvas)
 
     def nothing(self, canvas: Canvas) -> Sample:
         """What stands in a batch where there is no image: a black one as large as the canvas."""
         return self._empty(np.zeros((*canvas, 3), np.uint8), canvas)
+
+    def _size(
+        self, height: int, width: int, canvas: Canvas, jitter: float = 1.0
+    ) -> tuple[int, int]:
+        """Of an image after resizing."""
+        size = resized_size(height, width, self.min_size, self.max_size, jitter)
+        if size[0] > canvas.height or size[1] > canvas.width:
+            jitter *= min(canvas.height / size[0], canvas.width / size[1])
+            size = resized_size(height, width, self.min_size, self.max_size, jitter)
+        return size
 
     def _empty(self, pixels: UInt8[np.ndarray, "height width 3"], canvas: Canvas) -> Sample:
         height, width = pixels.shape[:2]
@@ -149,7 +156,6 @@ class Preparation:
             boxes=np.zeros((self.slots, 4), np.float32),
             labels=np.zeros(self.slots, np.int32),
             masks=np.zeros((self.slots, self.mask_size, self.mask_size), np.uint8),
-            without_slot=0,
         )
 
 
