@@ -7,7 +7,7 @@ import dataclasses
 import io
 import json
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -104,6 +104,7 @@ def results_of(
     scores: Float[np.ndarray, "B D"],
     labels: Int[np.ndarray, "B D"],
     masks: Float[np.ndarray, "B D M M"] | None,
+    broken: Container[int] = (),
 ) -> Results:
     """A batch's detections in the frames of their images.
 
@@ -115,12 +116,15 @@ def results_of(
       scores: of the detections.
       labels: from 1; 0 where there is no detection.
       masks: probabilities within the boxes.
+      broken: the images that could not be read, in which nothing is found.
     """
     seen: list[int] = []
     found: list[dict[str, Any]] = []
     for row in np.flatnonzero(index >= 0):
         image = index[row]
         seen.append(int(annotations.image_ids[image]))
+        if image in broken:
+            continue
         height, width = int(annotations.heights[image]), int(annotations.widths[image])
         old = np.array([width, height], np.float32) / size[row, ::-1].astype(np.float32)
         for d in np.flatnonzero(labels[row] > 0):

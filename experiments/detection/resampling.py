@@ -10,7 +10,6 @@ from jaxtyping import Float32, Int64, Num, UInt8
 from experiments.detection import rle
 from experiments.detection.rle import Window
 
-
 # Rows of an image that are resized at a time, so that a processor's cache holds them.
 _STRIP = 16
 

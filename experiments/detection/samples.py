@@ -7,14 +7,17 @@ import io
 import math
 from typing import NamedTuple
 
+import jax
 import numpy as np
-from jaxtyping import Float32, Int32, UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, UnidentifiedImageError
 
 from experiments.detection import resampling
 from experiments.detection.annotations import Objects
 from experiments.runtime.errors import reason
 from experiments.runtime.images import _UPRIGHT, BrokenImageError, _orientation, as_rgb
+from experiments.runtime.pipeline import Arrays
+from experiments.runtime.task import BatchShapes
 
 
 class Canvas(NamedTuple):
@@ -24,28 +27,19 @@ class Canvas(NamedTuple):
     width: int
 
 
-class Sample(NamedTuple):
-    """An image on its canvas, and its objects in the first of G slots.
-
-    Attributes:
-      image: 0 where the canvas is empty.
-      size: height and width of the image on the canvas.
-      boxes: x1, y1, x2, y2 in pixels of the canvas; 0 in empty slots.
-      labels: from 1; 0 in empty slots.
-      masks: each object's mask cut to its box, times 255 (`resampling.mask_of_box`); S is 0 where
-        no masks are asked for.
-    """
-
-    image: UInt8[np.ndarray, "height width 3"]
-    size: Int32[np.ndarray, 2]
-    boxes: Float32[np.ndarray, "G 4"]
-    labels: Int32[np.ndarray, G]
-    masks: UInt8[np.ndarray, "G S S"]
-
-
 @dataclasses.dataclass(frozen=True)
 class Preparation:
-    """How images become samples.
+    """How images become samples, arrays of these names.
+
+    - "image", uint8 (height, width, 3): in the upper left corner of its canvas, else 0.
+    - "size", int32 (2,): height and width of the image on the canvas.
+
+    Those of training have G slots for objects:
+
+    - "boxes", float32 (G, 4): x1, y1, x2, y2 in pixels of the canvas; 0 in empty slots.
+    - "labels", int32 (G,): from 1; 0 in empty slots.
+    - "masks", uint8 (G, S, S), if there are any: each object's mask cut to its box, times 255
+      (`resampling.mask_of_box`).
 
     Attributes:
       min_size, max_size: an image is scaled until its shorter side has min_size pixels or its
@@ -87,7 +81,7 @@ class Preparation:
         objects: Objects,
         canvas: Canvas,
         generator: np.random.Generator,
-    ) -> Sample:
+    ) -> Arrays:
         """Decodes an image and resizes it and its objects, drawing scale, flip and slots.
 
         Crowds are no objects, and what has no size after resizing is none.
@@ -113,28 +107,46 @@ class Preparation:
         chosen = np.flatnonzero(sized & ~objects.crowd)
         if len(chosen) > self.slots:
             chosen = np.sort(generator.choice(chosen, self.slots, replace=False))
-        sample = self._empty(pixels, canvas)
-        sample.boxes[: len(chosen)] = boxes[chosen]
-        sample.labels[: len(chosen)] = objects.labels[chosen]
+        filled = slice(len(chosen))
+        sample = _on_canvas(pixels, canvas) | self._empty_slots()
+        sample["boxes"][filled] = boxes[chosen]
+        sample["labels"][filled] = objects.labels[chosen]
         if self.mask_size:
             for slot, j in enumerate(chosen):
-                sample.masks[slot] = resampling.mask_of_box(
+                sample["masks"][slot] = resampling.mask_of_box(
                     objects.masks[j], own[j], height, width, self.mask_size, mirrored=mirrored
                 )
         return sample
 
-    def evaluation(self, content: bytes, height: int, width: int, canvas: Canvas) -> Sample:
-        """Decodes an image and resizes it; all slots are empty.
+    def evaluation(self, content: bytes, height: int, width: int, canvas: Canvas) -> Arrays:
+        """Decodes an image and resizes it.
 
         Raises:
           BrokenImageError: the image cannot be decoded, or has another size.
         """
         size = self._size(height, width, canvas)
-        return self._empty(resampling.resized(decode(content, height, width), *size), canvas)
+        return _on_canvas(resampling.resized(decode(content, height, width), *size), canvas)
 
-    def nothing(self, canvas: Canvas) -> Sample:
-        """What stands in a batch where there is no image: a black one as large as the canvas."""
-        return self._empty(np.zeros((*canvas, 3), np.uint8), canvas)
+    def blank(self, canvas: Canvas) -> Arrays:
+        """What evaluation has in the place of an image: a black one, as large as the canvas."""
+        return _on_canvas(np.zeros((*canvas, 3), np.uint8), canvas)
+
+    def shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
+        """Of a batch of training."""
+        return _shapes(self.blank(canvas) | self._empty_slots(), batch_size)
+
+    def evaluation_shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
+        """Of a batch of evaluation."""
+        return _shapes(self.blank(canvas), batch_size)
+
+    def _empty_slots(self) -> Arrays:
+        slots = {
+            "boxes": np.zeros((self.slots, 4), np.float32),
+            "labels": np.zeros(self.slots, np.int32),
+        }
+        if self.mask_size:
+            slots["masks"] = np.zeros((self.slots, self.mask_size, self.mask_size), np.uint8)
+        return slots
 
     def _size(
         self, height: int, width: int, canvas: Canvas, jitter: float = 1.0
@@ -145,18 +157,6 @@ class Preparation:
             jitter *= min(canvas.height / size[0], canvas.width / size[1])
             size = resized_size(height, width, self.min_size, self.max_size, jitter)
         return size
-
-    def _empty(self, pixels: UInt8[np.ndarray, "height width 3"], canvas: Canvas) -> Sample:
-        height, width = pixels.shape[:2]
-        image = np.zeros((*canvas, 3), np.uint8)
-        image[:height, :width] = pixels
-        return Sample(
-            image=image,
-            size=np.array([height, width], np.int32),
-            boxes=np.zeros((self.slots, 4), np.float32),
-            labels=np.zeros(self.slots, np.int32),
-            masks=np.zeros((self.slots, self.mask_size, self.mask_size), np.uint8),
-        )
 
 
 def resized_size(
@@ -220,3 +220,17 @@ def _moved(
         boxes[:, [0, 2]] = np.float32(width) - boxes[:, [2, 0]]
     ratio = np.array([size[1], size[0]], np.float32) / np.array([width, height], np.float32)
     return boxes * np.tile(ratio, 2)
+
+
+def _on_canvas(pixels: UInt8[np.ndarray, "height width 3"], canvas: Canvas) -> Arrays:
+    height, width = pixels.shape[:2]
+    image = np.zeros((*canvas, 3), np.uint8)
+    image[:height, :width] = pixels
+    return {"image": image, "size": np.array([height, width], np.int32)}
+
+
+def _shapes(sample: Arrays, batch_size: int) -> BatchShapes:
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *array.shape), array.dtype)
+        for name, array in sample.items()
+    }
