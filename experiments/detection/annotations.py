@@ -273,7 +273,7 @@ def _check_unique(ids: Sequence[int], name: str, where: str) -> None:
 
 def _defined(entry: Mapping[str, Any], kind: str, known: Mapping[int, int], title: str) -> int:
     """The place of the image or category that an annotation names."""
-    key = entry.get(f"{kind}_id")
+    key: Any = entry.get(f"{kind}_id")
     if not _is_number(key) or key not in known:
         plural = {"image": "images", "category": "categories"}[kind]
         raise UserError(
@@ -318,7 +318,7 @@ def _mask(segmentation: Any, height: int, width: int, title: str) -> bytes:
 
 
 def _code(mask: Mapping[str, Any], height: int, width: int, title: str) -> bytes:
-    counts = mask.get("counts")
+    counts: Any = mask.get("counts")
     if mask.get("size") != [height, width]:
         raise UserError(
             f"{title} has a run-length mask of the size (height, width) "

@@ -16,8 +16,7 @@ from typing import Literal, NamedTuple
 import filelock
 import numpy as np
 
-from experiments.detection import annotations
-from experiments.detection.annotations import Annotations
+from experiments.detection.annotations import Annotations, parse
 from experiments.runtime.errors import UserError, reason
 from experiments.runtime.files import replacing
 from experiments.runtime.sources.splits import count_of, digest_of, evenly_spread
@@ -84,7 +83,7 @@ class CocoSplit:
     def with_objects(self) -> CocoSplit:
         """The same without the images in which there is no object but crowds."""
         kept = self.annotations.object_counts() > 0
-        files = [self.files[index] for index in np.flatnonzero(kept)]
+        files = [self.files[index] for index in np.flatnonzero(kept).tolist()]
         return dataclasses.replace(self, annotations=self.annotations.of_images(kept), files=files)
 
     def without_slot(self, slots: int) -> str | None:
@@ -240,11 +239,10 @@ def _split(
         stamped = json_file if tree.root.is_dir() else tree.root
     found = _parsed_once(json_file, stamped, content_of, masks, cache)
     if paths.images is not None:
-        images, folder = _Tree.open(paths.images), ()
-    else:
-        assert tree is not None
-        images, folder = tree, _folder_of_images(tree, name, json_file.stem, above)
-    return _with_files(found, images, folder, str(json_file))
+        return _with_files(found, _Tree.open(paths.images), (), str(json_file))
+    assert tree is not None
+    folder = _folder_of_images(tree, name, json_file.stem, above)
+    return _with_files(found, tree, folder, str(json_file))
 
 
 def _json_in(tree: _Tree, split: SplitName) -> tuple[Folder, str]:
@@ -341,7 +339,7 @@ def _parsed_once(
             content = content_of()
         except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f'"{json_file}" cannot be read: {reason(error)}.') from None
-        return annotations.parse(content, str(json_file), masks=masks)
+        return parse(content, str(json_file), masks=masks)
 
     try:
         cache.mkdir(parents=True, exist_ok=True)

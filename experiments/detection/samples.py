@@ -108,15 +108,15 @@ class Preparation:
         if len(chosen) > self.slots:
             chosen = np.sort(generator.choice(chosen, self.slots, replace=False))
         filled = slice(len(chosen))
-        sample = _on_canvas(pixels, canvas) | self._empty_slots()
-        sample["boxes"][filled] = boxes[chosen]
-        sample["labels"][filled] = objects.labels[chosen]
+        slots = self._empty_slots()
+        slots["boxes"][filled] = boxes[chosen]
+        slots["labels"][filled] = objects.labels[chosen]
         if self.mask_size:
             for slot, j in enumerate(chosen):
-                sample["masks"][slot] = resampling.mask_of_box(
+                slots["masks"][slot] = resampling.mask_of_box(
                     objects.masks[j], own[j], height, width, self.mask_size, mirrored=mirrored
                 )
-        return sample
+        return {**_on_canvas(pixels, canvas), **slots}
 
     def evaluation(self, content: bytes, height: int, width: int, canvas: Canvas) -> Arrays:
         """Decodes an image and resizes it.
@@ -133,14 +133,14 @@ class Preparation:
 
     def shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
         """Of a batch of training."""
-        return _shapes(self.blank(canvas) | self._empty_slots(), batch_size)
+        return _shapes({**self.blank(canvas), **self._empty_slots()}, batch_size)
 
     def evaluation_shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
         """Of a batch of evaluation."""
         return _shapes(self.blank(canvas), batch_size)
 
-    def _empty_slots(self) -> Arrays:
-        slots = {
+    def _empty_slots(self) -> dict[str, np.ndarray]:
+        slots: dict[str, np.ndarray] = {
             "boxes": np.zeros((self.slots, 4), np.float32),
             "labels": np.zeros(self.slots, np.int32),
         }
