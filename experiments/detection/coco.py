@@ -17,7 +17,7 @@ import filelock
 import numpy as np
 
 from experiments.detection.annotations import Annotations, parse
-from experiments.runtime.errors import UserError, reason
+from experiments.runtime.errors import DataLost, UserError, reason
 from experiments.runtime.files import replacing
 from experiments.runtime.sources.splits import count_of, digest_of, evenly_spread
 from experiments.runtime.sources.trees import (
@@ -112,7 +112,9 @@ class CocoSplit:
     def _content_or_nothing(self, index: int) -> bytes:
         try:
             return self.content(index)
-        except OSError:
+        except DataLost:
+            raise
+        except Exception:  # of any kind: a broken image is the same each time
             return b""
 
 
@@ -357,7 +359,7 @@ def _parsed_once(
 def _kept(path: pathlib.Path) -> Annotations | None:
     """Parsed annotations, or None where there are none, or the file is damaged."""
     try:
-        with np.load(path) as arrays:
+        with path.open("rb") as file, np.load(file) as arrays:
             return Annotations(**arrays)
     except Exception:  # of many kinds; a file that was cut short is written again
         return None
