@@ -250,7 +250,7 @@ CODE["counts"] = CODE["counts"].decode()
         ({"segmentation": None}, "without a mask"),
         ({"segmentation": "x"}, "with a mask that is neither"),
         ({"segmentation": CODE | {"counts": "é"}}, "with a run-length code that is damaged"),
-        ({"segmentation": CODE | {"counts": [600.0]}}, "with a run-length code that is damaged"),
+        ({"segmentation": CODE | {"counts": [600.5]}}, "with a run-length code that is damaged"),
         ({"segmentation": CODE | {"counts": "0"}}, "that does not fill the image"),
         ({"segmentation": CODE | {"counts": [700, -100]}}, "that does not fill the image"),
     ],
@@ -300,6 +300,31 @@ def test_a_json_that_is_wrong_as_a_whole(content, message):
         )
     with pytest.raises(UserError, match=message):
         parse(content, "x.json", masks=True)
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.integers(),
+    lambda inner: st.lists(inner, max_size=7) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_anything_may_stand_anywhere(data):
+    """In a json that is wrong in one place, either something is left out or an error tells it."""
+    whole = json.loads(json.dumps(document(square(1), square(2, segmentation=CODE))))
+    places = [(whole, key) for key in whole]
+    places += [(entry, key) for entries in whole.values() for entry in entries for key in entry]
+    places += [(whole["annotations"][1]["segmentation"], key) for key in CODE]
+    entry, key = data.draw(st.sampled_from(places))
+    entry[key] = data.draw(ANYTHING)
+    try:
+        found = parse(json.dumps(whole).encode(), "x.json", masks=True)
+    except UserError as error:
+        assert "x.json" in str(error)
+    else:
+        assert len(found.labels) + len(found.left_out) == 2
 
 
 # --- Data sets
@@ -745,7 +770,10 @@ def test_broken_images(many, tmp_path):
     assert not batch.arrays["image"][batch.index == 3].any()
 
 
-def test_fewer_images_than_a_batch(many):
+def test_what_cannot_be_fed(many):
+    with pytest.raises(ValueError, match="mask_size must be 0 for annotations .* without masks"):
+        masks = Preparation(32, 64, slots=2, mask_size=4)
+        CocoImages(many.train, many.val, Share(4), masks, 0, Loading())
     with pytest.raises(UserError, match="--train.batch-size must be at most the 17 training"):
         _ = feed(many, batch=18).steps_per_epoch
 

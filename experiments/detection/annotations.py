@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
-import math
 import reprlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -18,6 +17,8 @@ from experiments.runtime.errors import UserError
 
 # Pixels from the corner of an image beyond which no point of an object can be meant.
 _FARTHEST = 1e6
+# Whole numbers up to it are exact in float64.
+_LARGEST = 2**53
 # Annotations of a kind that are named one by one.
 _NAMED = 5
 
@@ -260,7 +261,7 @@ def _title(kind: str, number: int, entry: Any, where: str) -> str:
 
 def _whole(entry: Mapping[str, Any], name: str, title: str) -> int:
     value = entry.get(name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or value != int(value):
+    if not _is_number(value) or value != int(value):
         raise UserError(f'{title} has the "{name}" {value!r}; it must be a whole number.')
     return int(value)
 
@@ -324,22 +325,22 @@ def _code(mask: Mapping[str, Any], height: int, width: int, title: str) -> bytes
             f"{title} has a run-length mask of the size (height, width) "
             f"{reprlib.repr(mask.get('size'))}, but its image has {[height, width]}; mend either."
         )
-    if isinstance(counts, list):
-        if not all(isinstance(c, int) for c in counts):
-            raise _Fault("with a run-length code that is damaged")
-        lengths = np.array(counts, np.int64)
-    else:
-        try:
-            lengths = rle.run_lengths(counts.encode("ascii"))
-        except (AttributeError, ValueError):
-            raise _Fault("with a run-length code that is damaged") from None
+    try:
+        if isinstance(counts, list):
+            lengths, code = np.array(counts).astype(np.int64, casting="safe"), None
+        else:
+            code = counts.encode("ascii")
+            lengths = rle.run_lengths(code)
+    except (AttributeError, TypeError, ValueError, OverflowError):
+        raise _Fault("with a run-length code that is damaged") from None
     if lengths.min(initial=0) < 0 or lengths.sum() != height * width:
         raise _Fault("with a run-length code that does not fill the image")
-    return rle.from_lengths(lengths.tolist(), height, width)
+    return code or rle.from_lengths(lengths.tolist(), height, width)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    """Whether it is one, and finite: JSON of Python may hold NaN and integers of any length."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _offsets(lengths: np.ndarray) -> Int64[np.ndarray, count + 1]:

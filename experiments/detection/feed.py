@@ -37,6 +37,10 @@ class CocoImages:
     seed: int
     loading: Loading
 
+    def __post_init__(self) -> None:
+        if self.preparation.mask_size and not self.train.annotations.has_masks:
+            raise ValueError("mask_size must be 0 for annotations that were read without masks")
+
     @property
     def steps_per_epoch(self) -> int:
         """Full batches in the training split.
