@@ -183,7 +183,7 @@ def parse(content: bytes, where: str, *, masks: bool) -> Annotations:
 
 
 class _Fault(Exception):
-    """Why an annotation is left out; what follows "whose" or "with" is the message."""
+    """Why an annotation is left out, as "with a box of no size"."""
 
 
 _NO_MASK = "without a mask"
@@ -260,7 +260,7 @@ def _title(kind: str, number: int, entry: Any, where: str) -> str:
 
 
 def _whole(entry: Mapping[str, Any], name: str, title: str) -> int:
-    value = entry.get(name)
+    value: Any = entry.get(name)
     if not _is_number(value) or value != int(value):
         raise UserError(f'{title} has the "{name}" {value!r}; it must be a whole number.')
     return int(value)

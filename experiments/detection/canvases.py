@@ -1,6 +1,6 @@
-"""Which images are in a batch: all of it on a canvas of one shape, of a few shapes that there are.
+"""Which images make a batch: all of them lie on canvases of one shape, one of a few.
 
-Every shape is compiled once; the fewer there are, the more of each canvas is padding.
+For every shape a step is compiled; with fewer shapes, more of each canvas is padding.
 """
 
 from __future__ import annotations

@@ -56,13 +56,13 @@ class CocoSplit:
       annotations: of the images, in their order.
       files: the images, by the names that the reader knows.
       reader: reads them.
-      json: the file that the annotations are from, for people.
+      json_file: the file that the annotations are from, for people.
     """
 
     annotations: Annotations
     files: Sequence[str]
     reader: _Reader
-    json: str
+    json_file: str
 
     def __len__(self) -> int:
         return len(self.files)
@@ -94,7 +94,7 @@ class CocoSplit:
             return None
         return (
             f"{count_of(int(more.sum()), 'object')} beyond {slots} in "
-            f"{count_of(int((more > 0).sum()), 'image')} of {self.json}, drawn anew each time"
+            f"{count_of(int((more > 0).sum()), 'image')} of {self.json_file}, drawn anew each time"
             f" (the most in one is {counts.max():,})"
         )
 
@@ -181,13 +181,13 @@ def load(
     held_out = _split("val", val, tree, masks, cache)
     _check_same_categories(trained, held_out)
     left_out = tuple(
-        f"{line} of {split.json}"
+        f"{line} of {split.json_file}"
         for split in (trained, held_out)
         for line in split.annotations.left_out.tolist()
     )
     if trained.annotations.crowd.all():
         raise UserError(
-            f'"{trained.json}" has no object to train on'
+            f'"{trained.json_file}" has no object to train on'
             + (f", but {'; '.join(trained.annotations.left_out.tolist())}" if left_out else "")
             + "; give annotations that have some."
         )
@@ -380,6 +380,6 @@ def _check_same_categories(train: CocoSplit, val: CocoSplit) -> None:
         key, category = min(alone)
         split, other = (train, val) if (key, category) in pairs(train) else (val, train)
         raise UserError(
-            f'"{split.json}" has the category {key}, "{category}", which "{other.json}" has not; '
-            "give both the same list of categories."
+            f'"{split.json_file}" has the category {key}, "{category}", which '
+            f'"{other.json_file}" has not; give both the same list of categories.'
         )

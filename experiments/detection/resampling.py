@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float32, Int64, Num, UInt8
+from jaxtyping import Bool, Float32, Int64, Num, UInt8
 
 from experiments.detection import rle
 from experiments.detection.rle import Window
@@ -87,31 +87,57 @@ def mask_of_box(
     x1, y1, x2, y2 = box
     if mirrored:
         x1, x2 = np.float32(width) - x2, np.float32(width) - x1
-    top, rows = _averages(y1, y2, height, size, mirrored=False)
-    left, columns = _averages(x1, x2, width, size, mirrored=mirrored)
-    window = Window(top, left, top + rows.shape[1], left + columns.shape[1])
-    mask = rle.decoded(code, height, window).astype(np.float32)
-    return np.rint(255 * (rows @ mask @ columns.T)).astype(np.uint8)
+    columns, rows = _samples(x1, x2, width, size), _samples(y1, y2, height, size)
+    if mirrored:
+        columns = columns._replace(low=width - 1 - columns.low, high=width - 1 - columns.high)
+    (left, right), (top, bottom) = columns.touched(), rows.touched()
+    mask = rle.decoded(code, height, Window(top, left, bottom, right))
+    cut = rows.averaged(columns.averaged(mask.T, left, size).T, top, size)
+    return np.rint(255 * cut).astype(np.uint8)
 
 
-def _averages(
-    start: np.float32, stop: np.float32, cells: int, bins: int, *, mirrored: bool
-) -> tuple[int, Float32[np.ndarray, "bins touched"]]:
-    """RoIAlign along one axis: the first cell that it touches, and the cells' share in each bin."""
+class _Samples(NamedTuple):
+    """RoIAlign's samples along one axis, as many in each bin, and the cells that each is made of.
+
+    Attributes:
+      low, high, weight: as of `Taps`.
+      inside: whether a sample counts; it is 0 if it lies too far outside the image.
+    """
+
+    low: Int64[np.ndarray, samples]
+    high: Int64[np.ndarray, samples]
+    weight: Float32[np.ndarray, samples]
+    inside: Bool[np.ndarray, samples]
+
+    def touched(self) -> tuple[int, int]:
+        """The first cell that is used, and the one behind the last."""
+        used = np.concatenate([self.low, self.high])
+        return int(used.min()), int(used.max()) + 1
+
+    def averaged(
+        self, cells: Num[np.ndarray, "cells others"], first: int, bins: int
+    ) -> Float32[np.ndarray, "bins others"]:
+        """The bins' values.
+
+        It is a product of matrices, but not computed as one, for which NumPy would start threads
+        on all cores, where others read images.
+
+        Args:
+          cells: from `first` on, along the first axis.
+          first: number of the first of the cells.
+          bins: how many.
+        """
+        values = mixed(cells[self.low - first], cells[self.high - first], self.weight[:, None])
+        values[~self.inside] = 0
+        return values.reshape(bins, -1, cells.shape[1]).mean(axis=1)
+
+
+def _samples(start: np.float32, stop: np.float32, cells: int, bins: int) -> _Samples:
+    """Those of a box's side in an image with some cells along it."""
     length = max(stop - start, np.float32(1))
-    samples = int(np.ceil(length / np.float32(bins)))
-    at = start + (np.arange(bins * samples) + 0.5) * (float(length) / (bins * samples))
+    count = bins * int(np.ceil(length / np.float32(bins)))
+    at = start + (np.arange(count) + 0.5) * (float(length) / count)
     inside = (at >= -1) & (at <= cells)
     at = np.clip(at, 0, cells - 1)
     low = at.astype(np.int64)
-    weight = at - low
-    high = np.minimum(low + 1, cells - 1)
-    if mirrored:
-        low, high = cells - 1 - low, cells - 1 - high
-    touched = np.concatenate([low, high])
-    first = int(touched.min())
-    count = int(touched.max()) + 1 - first
-    row = np.tile(np.arange(bins * samples) // samples, 2)
-    share = np.concatenate([(1 - weight) * inside, weight * inside]) / samples
-    flat = np.bincount(row * count + touched - first, share, bins * count)
-    return first, flat.reshape(bins, count).astype(np.float32)
+    return _Samples(low, np.minimum(low + 1, cells - 1), (at - low).astype(np.float32), inside)
