@@ -114,7 +114,7 @@ class ClassifierEvaluation:
         self._sums = values if self._sums is None else jax.tree.map(np.add, self._sums, values)
 
     def row(self) -> Row:
-        """ "test_loss", "test_accuracy" and "regions"."""
+        """The metrics "test_loss" and "test_accuracy", and "regions"."""
         sums = self._sums
         if not sums["count"]:
             raise DataLost("none of the test images can be read")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
@@ -70,7 +71,7 @@ class Recipe:
             ("decay_rate", 0 < self.decay_rate <= 1, "positive and at most 1"),
             (
                 "decay_epochs",
-                all(a < b for a, b in zip(rising, rising[1:], strict=False)),
+                all(a < b for a, b in itertools.pairwise(rising)),
                 "positive and rising",
             ),
             ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0 and finite"),
