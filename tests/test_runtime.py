@@ -656,12 +656,45 @@ def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, signal_at):
     [
         (Recipe(epochs=4, learning_rate=1.0), {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 25: 0.5, 40: 0.0}),
         (PRESETS["imagenet"].train, {0: 0.5, 1200: 0.25, 2400: 0.0}),
+        (
+            Recipe(
+                epochs=12,
+                batch_size=8,
+                learning_rate=0.02,
+                reference_batch=16,
+                schedule="steps",
+                decay_rate=0.1,
+                decay_epochs=(8, 11),
+                warmup_steps=5,
+                warmup_start=0.001,
+            ),
+            {0: 1e-5, 2: 0.01 * 0.5005, 4: 0.01, 5: 0.01, 79: 0.01, 80: 1e-3, 109: 1e-3, 110: 1e-4},
+        ),
         (PRESETS["mobilenet"].train, {9: 0.045, 10: 0.045 * 0.98, 2999: 0.045 * 0.98**299}),
     ],
 )
 def test_schedules(recipe, expected):
     rate = learning_rate(recipe, steps_per_epoch=10)
-    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, 1e-5, 1e-6)
+
+
+def test_a_schedule_in_steps_says_when():
+    for options in ({"schedule": "steps"}, {"decay_epochs": (8.0,)}):
+        with pytest.raises(UserError, match="--train.decay-epochs says when --train.schedule ste"):
+            Recipe(**options)
+    with pytest.raises(UserError, match="decay-epochs must be positive and rising, got 11 8"):
+        Recipe(schedule="steps", decay_epochs=(11, 8))
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_of_them():
+    params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(1)}
+    recipe = Recipe(gradient_clip=6.5, learning_rate=1.0, momentum=0.0, warmup_epochs=0.0)
+    update = optimizer(recipe, 10)
+    for scale, expected in ((1.0, 0.5), (0.5, 0.5), (0.1, 0.1)):  # of the norm 13
+        gradients = {"kernel": scale * jnp.array([3.0, 4.0]), "bias": scale * jnp.array([12.0])}
+        changes, _ = update.update(gradients, update.init(params), params)
+        np.testing.assert_allclose(changes["kernel"], -expected * np.array([3.0, 4.0]), rtol=1e-6)
+        np.testing.assert_allclose(changes["bias"], -expected * np.array([12.0]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "exponential"])

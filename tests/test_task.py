@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import pickle
 import signal
 
 import jax
@@ -11,13 +12,12 @@ import numpy as np
 import pytest
 from runs import checkpoints_of, rows_of
 
-from experiments.runtime import loop, pipeline
+from experiments.runtime import loop, pipeline, training
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import Preempted
 from experiments.runtime.mesh import from_all_processes, make_mesh
-from experiments.runtime.pipeline import Loading, OrderByEpoch, Share
+from experiments.runtime.pipeline import OrderByEpoch, Share
 from experiments.runtime.recipes import Recipe
-from experiments.runtime.training import program
 
 CANVASES = (4, 6), (6, 4)
 COUNT, BROKEN = 43, 8  # an image in two is upright
@@ -33,10 +33,18 @@ RECIPE = Recipe(
 )
 
 
+program = functools.cache(training.program)  # compiling takes most of the time
+
+
 @pytest.fixture(autouse=True)
 def standard_promotion():  # optax's
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(compiled_quickly, monkeypatch):
+    monkeypatch.setattr(loop, "program", program)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,7 +151,6 @@ def batches_by_canvas(batch_size, epoch):
 @dataclasses.dataclass
 class Feed:
     share: Share = dataclasses.field(default_factory=lambda: Share(8))
-    loading: Loading = dataclasses.field(default_factory=Loading)
     stop_before: int = -1  # the batch before which SIGTERM comes
 
     train, test = Images(training=True), Images(training=False)
@@ -152,7 +159,8 @@ class Feed:
     def training(self, step):
         order = functools.partial(batches_by_canvas, self.share.batch_size)
         order = OrderByEpoch(32, order).seed(RECIPE.seed)
-        batches = pipeline.training(self.train, order, 0, step, self.share, self.loading)
+        order = pickle.loads(pickle.dumps(order))  # as for worker processes
+        batches = pipeline.training(self.train, order, 0, step, self.share)
         for number, batch in enumerate(batches, step):
             if number == self.stop_before:
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -165,7 +173,7 @@ class Feed:
             places, real = pipeline.padded(len(images), self.share.batch_size)
             turns.append((images[places], real))
         places, real = map(np.concatenate, zip(*turns, strict=True))
-        return pipeline.evaluation(self.test, places, real, self.share, self.loading)
+        return pipeline.evaluation(self.test, places, real, self.share)
 
 
 def train(folder, recipe=RECIPE, **feed):
@@ -199,15 +207,16 @@ def test_it_trains_what_is_to_be_trained_and_is_judged_by_its_own_metric(tmp_pat
     ) in out
 
 
-@pytest.mark.parametrize("stop_before", [2, 5, 8])
-def test_it_goes_on_as_if_it_had_never_been_stopped(stop_before, tmp_path):
-    with pytest.raises(Preempted):
-        train(tmp_path / "stopped", stop_before=stop_before)
-    assert checkpoints_of(tmp_path / "stopped")[-1] < 12
-    state, *_ = train(tmp_path / "stopped")
+def test_it_goes_on_as_if_it_had_never_been_stopped(tmp_path):
     whole, *_ = train(tmp_path / "whole")
-    jax.tree.map(np.testing.assert_array_equal, state, whole)
-    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    for stop_before in (2, 5):  # in the first epoch and in the second
+        folder = tmp_path / f"stopped{stop_before}"
+        with pytest.raises(Preempted):
+            train(folder, stop_before=stop_before)
+        assert len(rows_of(folder)) == stop_before // 4
+        state, *_ = train(folder)
+        jax.tree.map(np.testing.assert_array_equal, state, whole)
+        assert rows_of(folder) == rows_of(tmp_path / "whole")
 
 
 def test_a_step_for_each_shape_of_batches():
@@ -235,10 +244,9 @@ def test_parts_of_a_batch_have_keys_of_their_own():
     np.testing.assert_allclose(results["loss"], (noise**2).mean(), rtol=1e-5)
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_processes_read_batches_of_one_canvas_among_them(workers):
+def test_processes_read_batches_of_one_canvas_among_them():
     alone = Feed().training(3)
-    feeds = [Feed(Share(8, process, 2), Loading(workers)) for process in range(2)]
+    feeds = [Feed(Share(8, process, 2)) for process in range(2)]
     for whole, *shares in zip(alone, *(feed.training(3) for feed in feeds), strict=False):
         assert sorted(np.concatenate([s.index for s in shares])) == sorted(whole.index)
         assert {s.arrays["image"].shape for s in shares} == {(4, *whole.arrays["image"].shape[1:])}
