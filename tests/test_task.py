@@ -61,11 +61,11 @@ class Regression:
     def trained(self, params):
         return {"backbone": {"kernel": False}, "head": {"slope": True}}
 
-    def batches(self, batch_size):
+    def batch_shapes(self, batch_size):
         targets = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
-        return tuple({**b, "target": targets} for b in self.evaluation_batches(batch_size))
+        return tuple({**b, "target": targets} for b in self.evaluation_batch_shapes(batch_size))
 
-    def evaluation_batches(self, batch_size):
+    def evaluation_batch_shapes(self, batch_size):
         return tuple(
             {"image": jax.ShapeDtypeStruct((batch_size, *canvas), jnp.float32)}
             for canvas in CANVASES

@@ -62,11 +62,11 @@ class Task(Protocol):
     def trained(self, params: Any) -> Any:
         """For every parameter, whether it is trained; the others stay as `init` made them."""
 
-    def batches(self, batch_size: int) -> tuple[BatchShapes, ...]:
-        """The shapes of global batches of training, one for each size of the canvas."""
+    def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
+        """Those of global batches of training, one for each size of the canvas."""
 
-    def evaluation_batches(self, batch_size: int) -> tuple[BatchShapes, ...]:
-        """The same of evaluation, whose batches may have other arrays."""
+    def evaluation_batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
+        """Those of evaluation, whose batches may have other arrays."""
 
     def loss(
         self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
