@@ -41,7 +41,7 @@ class LabelledImages:
     augment: Augment
     flips: bool
     seed: int
-    loading: Loading = Loading()
+    loading: Loading
 
     @property
     def steps_per_epoch(self) -> int:

@@ -52,13 +52,13 @@ class Classification:
         """All of them."""
         return jax.tree.map(lambda _: True, params)
 
-    def batches(self, batch_size: int) -> tuple[BatchShapes, ...]:
+    def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
         """The one size of images."""
         size = self.image_size
         image = jax.ShapeDtypeStruct((batch_size, size, size, 3), jnp.uint8)
         return ({"image": image, "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)},)
 
-    evaluation_batches = batches
+    evaluation_batch_shapes = batch_shapes
 
     def loss(
         self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
@@ -114,7 +114,7 @@ class ClassifierEvaluation:
         self._sums = values if self._sums is None else jax.tree.map(np.add, self._sums, values)
 
     def row(self) -> Row:
-        """ "test_loss", "test_accuracy" and "regions"."""
+        """The metrics "test_loss" and "test_accuracy", and "regions"."""
         sums = self._sums
         if not sums["count"]:
             raise DataLost("none of the test images can be read")

@@ -110,7 +110,7 @@ def compile_step(
     recipe = dataclasses.replace(recipe, batch_size=batch_of(recipe, mesh.size, chip_batch))
     # The number of steps is a constant of the schedule; it makes no difference to the rest.
     built = program(task, recipe, mesh, steps_per_epoch=1000)
-    batch = max(built.batches, key=lambda batch: sum(s.size for s in batch.values()))
+    batch = max(built.batch_shapes, key=lambda shapes: sum(s.size for s in shapes.values()))
     traced = built.train_step.trace(built.state, batch)
     lowered = traced.lower(lowering_platforms=("tpu",))
     start = time.perf_counter()

@@ -34,26 +34,31 @@ from experiments.runtime.task import Feed, Task
 
 
 class NetworkConfig(Protocol):
-    """Which network; a run's folder is called by its name."""
+    """Which network."""
 
     @property
-    def name(self) -> str: ...
+    def name(self) -> str:
+        """By which a run's folder is called."""
 
 
 class Config(Protocol):
     """What a run is, as a frozen dataclass that is saved with it; experiments have more options."""
 
     @property
-    def data(self) -> str: ...
+    def data(self) -> str:
+        """What to train on."""
 
     @property
-    def model(self) -> NetworkConfig: ...
+    def model(self) -> NetworkConfig:
+        """Which network to train."""
 
     @property
-    def train(self) -> Recipe: ...
+    def train(self) -> Recipe:
+        """How to train it."""
 
     @property
-    def checkpoint(self) -> CheckpointConfig: ...
+    def checkpoint(self) -> CheckpointConfig:
+        """When to save."""
 
 
 C = TypeVar("C", bound=Config)
@@ -303,7 +308,7 @@ def _parse(experiment: Experiment[Any]) -> Arguments:
     program, presets = f"python -m experiments.{experiment.name}", experiment.presets
     start, _ = tyro.cli(_Start, prog=program, return_unknown_args=True, add_help=False)
     # A recipe that is none is refused where all arguments are read.
-    preset = start.recipe if start.recipe in presets else next(iter(presets))
+    preset = next((name for name in presets if name == start.recipe), next(iter(presets)))
     config = presets[preset]
     if start.resume is not None:
         config = run_folder.read_config(type(config), "--resume", start.resume)
@@ -422,8 +427,8 @@ def _check_epochs(before: Recipe, now: Recipe, step: int, steps_per_epoch: int) 
         raise UserError(
             f"{change}: with that, the {step} steps taken would have had other learning rates "
             f"(--train.schedule {now.schedule}, --train.warmup-epochs {now.warmup_epochs}). Begin "
-            "a run in another folder; one with --train.schedule exponential or steps that is longer "
-            "than its warm-up can be continued for any number of epochs."
+            "a run in another folder; one with --train.schedule exponential or steps that is "
+            "longer than its warm-up can be continued for any number of epochs."
         )
 
 

@@ -216,14 +216,12 @@ class _Run:
 
     def evaluate(self, variables: Any) -> Row:
         """Metrics over the whole held-out split."""
-        evaluation = self.task.evaluation()
-        step = self.compiled.steps.evaluate
+        evaluation, step = self.task.evaluation(), self.compiled.steps.evaluate
+        on_host = jax.device_get if self.task.reduces else meshes.own_share
+        placed = self._placed(self.feed.test, self.feed.evaluation())
+        dispatched = ((batch, step(variables, arrays)) for batch, arrays in placed)
         try:
-            batches = self._placed(self.feed.test, self.feed.evaluation())
-            for batch, results in _one_behind(
-                (b, step(variables, arrays)) for b, arrays in batches
-            ):
-                on_host = jax.device_get if self.task.reduces else meshes.own_share
+            for batch, results in _one_behind(dispatched):
                 evaluation.add(batch, on_host(results))
                 stop, _ = self._requests(False)
                 if stop:  # the epoch's steps are saved, and evaluation begins anew
@@ -307,7 +305,7 @@ class _Run:
         record.seconds += now - self.mark
         self.mark = now
         record.steps += 1
-        for name in sorted(values.keys() - _NOT_AVERAGED, key=lambda name: (name != "loss", name)):
+        for name in ("loss", *sorted(values.keys() - {"loss", *_NOT_AVERAGED})):
             record.sums[name] = record.sums.get(name, 0.0) + values[name]
         if self.metrics and step % _CURVE_EVERY == 0:
             self.metrics.scalars(step, {"step": values})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from typing import Any, Literal
 
@@ -25,11 +26,11 @@ class Recipe:
     learning_rate: float = 0.1
     """Peak of the schedule, which a linear warm-up leads to."""
     reference_batch: int = 0
-    """Images that --train.learning-rate is meant for: with another batch the peak is larger or
-    smaller in proportion; 0 takes the rate as it is."""
+    """Images that the learning rate is meant for: with a batch of more or fewer, the peak is higher
+    or lower in proportion; 0 takes the rate as it is."""
     schedule: Literal["cosine", "linear", "exponential", "steps"] = "cosine"
-    """From the peak: a cosine or a line down to zero, or down by --train.decay-rate after every
-    epoch ("exponential") or at --train.decay-epochs ("steps")."""
+    """From the peak: a cosine or a line down to zero, or steps down after every epoch
+    ("exponential") or at the epochs of decay ("steps")."""
     decay_rate: float = 0.98
     """What the schedules "exponential" and "steps" multiply the rate by."""
     decay_epochs: tuple[float, ...] = ()
@@ -37,10 +38,10 @@ class Recipe:
     warmup_epochs: float = 1.0
     """Length of the warm-up: its n steps have the rates 1/n, 2/n, ... n/n of the peak."""
     warmup_steps: int = 0
-    """Length of the warm-up in steps, in place of --train.warmup-epochs; 0 leaves it to that."""
+    """Length of the warm-up in steps, in place of that in epochs; 0 for none."""
     warmup_start: float = 0.0
-    """Share of the peak that the warm-up's first step has, from where it rises in a line to the
-    peak; 0 for 1/n, as above."""
+    """Share of the peak that the first of the n steps of the warm-up has, in place of 1/n; 0 for
+    none. From there, a line leads to the peak."""
     momentum: float = 0.9
     """Of SGD."""
     nesterov: bool = True
@@ -70,7 +71,7 @@ class Recipe:
             ("decay_rate", 0 < self.decay_rate <= 1, "positive and at most 1"),
             (
                 "decay_epochs",
-                all(a < b for a, b in zip(rising, rising[1:], strict=False)),
+                all(a < b for a, b in itertools.pairwise(rising)),
                 "positive and rising",
             ),
             ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0 and finite"),

@@ -40,20 +40,21 @@ class HostBatch:
 
 
 class Task(Protocol):
-    """What is trained, and how it is judged.
-
-    Attributes:
-      best: the metric in an evaluation's row that ranks checkpoints, the higher the better; where
-        the recipe asks for an average of the weights, its value for that.
-      reduces: whether `evaluate` gives sums over the batch, which every process gets; if not, the
-        first axis of all results is the batch, and a process gets those of its own share.
-    """
+    """What is trained, and how it is judged."""
 
     @property
-    def best(self) -> str: ...
+    def best(self) -> str:
+        """The metric in an evaluation's row that ranks checkpoints, the higher the better.
+
+        Where the recipe asks for an average of the weights, it is the average's that counts.
+        """
 
     @property
-    def reduces(self) -> bool: ...
+    def reduces(self) -> bool:
+        """Whether `evaluate` gives sums over the batch, which every process gets.
+
+        If not, the first axis of all results is the batch, and a process gets its own share's.
+        """
 
     def init(self, key: PRNGKeyArray) -> Variables:
         """The variables that training begins with."""
@@ -61,11 +62,11 @@ class Task(Protocol):
     def trained(self, params: Any) -> Any:
         """For every parameter, whether it is trained; the others stay as `init` made them."""
 
-    def batches(self, batch_size: int) -> tuple[BatchShapes, ...]:
-        """The shapes of global batches of training, one for each size of the canvas."""
+    def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
+        """Those of global batches of training, one for each size of the canvas."""
 
-    def evaluation_batches(self, batch_size: int) -> tuple[BatchShapes, ...]:
-        """The same of evaluation, whose batches may have other arrays."""
+    def evaluation_batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
+        """Those of evaluation, whose batches may have other arrays."""
 
     def loss(
         self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
@@ -118,21 +119,19 @@ class Named(Protocol):
 
 
 class Feed(Protocol):
-    """Where the batches of a task come from.
-
-    Attributes:
-      train, test: the training split and the held-out one.
-      steps_per_epoch: full batches in the training split.
-    """
+    """Where the batches of a task come from."""
 
     @property
-    def train(self) -> Named: ...
+    def train(self) -> Named:
+        """The training split."""
 
     @property
-    def test(self) -> Named: ...
+    def test(self) -> Named:
+        """The held-out split."""
 
     @property
-    def steps_per_epoch(self) -> int: ...
+    def steps_per_epoch(self) -> int:
+        """Full batches in the training split; UserError where there is none."""
 
     def training(self, step: int) -> Iterator[HostBatch]:
         """Endless full batches from a step on, a function of the seed and the step.

@@ -40,8 +40,8 @@ class TrainState(struct.PyTreeNode):
 class CompiledStep:
     """A step that is compiled for every shape of its batches before it is first called."""
 
-    def __init__(self, step: jax.stages.Wrapped, first: Any, batches: tuple[BatchShapes, ...]):
-        self._by_shapes = {_shapes_of(b): step.lower(first, b).compile() for b in batches}
+    def __init__(self, step: jax.stages.Wrapped, first: Any, shapes: tuple[BatchShapes, ...]):
+        self._by_shapes = {_shapes_of(s): step.lower(first, s).compile() for s in shapes}
 
     def __call__(self, first: Any, batch: DeviceBatch) -> Any:
         """Calls the step that is for such a batch.
@@ -67,7 +67,7 @@ class Program:
     Attributes:
       mesh: the devices.
       state: shapes of the state, and where its arrays lie.
-      batches, evaluation_batches: shapes of the batches.
+      batch_shapes, evaluation_batch_shapes: see `Task`.
       init: makes the state of a new run.
       train_step: (state, batch) to the next state and scalars: "loss", the task's own,
         "gradient_norm" and "learning_rate". The state it is given is gone.
@@ -76,8 +76,8 @@ class Program:
 
     mesh: Mesh
     state: TrainState
-    batches: tuple[BatchShapes, ...]
-    evaluation_batches: tuple[BatchShapes, ...]
+    batch_shapes: tuple[BatchShapes, ...]
+    evaluation_batch_shapes: tuple[BatchShapes, ...]
     init: jax.stages.Wrapped
     train_step: jax.stages.Wrapped
     eval_step: jax.stages.Wrapped
@@ -86,8 +86,8 @@ class Program:
     def steps(self) -> CompiledSteps:
         """The steps of all shapes of batches, compiled when this is first asked for."""
         return CompiledSteps(
-            CompiledStep(self.train_step, self.state, self.batches),
-            CompiledStep(self.eval_step, self.state.variables, self.evaluation_batches),
+            CompiledStep(self.train_step, self.state, self.batch_shapes),
+            CompiledStep(self.eval_step, self.state.variables, self.evaluation_batch_shapes),
         )
 
 
@@ -109,16 +109,16 @@ def program(task: Task, recipe: Recipe, mesh: Mesh, *, steps_per_epoch: int) -> 
         average = jax.tree.map(jnp.copy, variables) if recipe.ema else None
         return TrainState(jnp.zeros((), jnp.int32), variables, opt_state, average)
 
-    def placed(batches: tuple[BatchShapes, ...]) -> tuple[BatchShapes, ...]:
-        return jax.tree.map(lambda s: s.update(sharding=by_batch(mesh)), batches)
+    def placed(shapes: tuple[BatchShapes, ...]) -> tuple[BatchShapes, ...]:
+        return jax.tree.map(lambda shape: shape.update(sharding=by_batch(mesh)), shapes)
 
     state = with_shardings(jax.eval_shape(init), mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Program(
         mesh=mesh,
         state=state,
-        batches=placed(task.batches(recipe.batch_size)),
-        evaluation_batches=placed(task.evaluation_batches(recipe.batch_size)),
+        batch_shapes=placed(task.batch_shapes(recipe.batch_size)),
+        evaluation_batch_shapes=placed(task.evaluation_batch_shapes(recipe.batch_size)),
         init=jax.jit(init, out_shardings=shardings),
         train_step=jax.jit(
             _train_step(task, recipe, mesh, update, rate),
