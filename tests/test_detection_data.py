@@ -589,9 +589,15 @@ def test_a_training_sample():
         assert np.abs(sample["masks"][1] - expected).max() <= 0.5 + 1e-4
         assert not sample["masks"][2:].any()
     assert seen == {True, False}
-    shapes = preparation.shapes(Canvas(64, 64), 2)
+    shapes = preparation.batch_shapes(Canvas(64, 64), 2)
     assert {n: (2, *a.shape) for n, a in sample.items()} == {n: s.shape for n, s in shapes.items()}
     assert {n: a.dtype for n, a in sample.items()} == {n: s.dtype for n, s in shapes.items()}
+    evaluated = preparation.evaluation(encoded(image), 24, 16, Canvas(64, 64))
+    np.testing.assert_array_equal(evaluated["image"][:48, :32], resampling.resized(image, 48, 32))
+    shapes = preparation.evaluation_batch_shapes(Canvas(64, 64), 2)
+    assert {n: (2, *a.shape) for n, a in evaluated.items()} == {
+        n: s.shape for n, s in shapes.items()
+    }
 
 
 def test_scale_is_drawn_and_a_canvas_too_small_is_filled():

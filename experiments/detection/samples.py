@@ -131,11 +131,11 @@ class Preparation:
         """What evaluation has in the place of an image: a black one, as large as the canvas."""
         return _on_canvas(np.zeros((*canvas, 3), np.uint8), canvas)
 
-    def shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
+    def batch_shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
         """Of a batch of training."""
         return _shapes({**self.blank(canvas), **self._empty_slots()}, batch_size)
 
-    def evaluation_shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
+    def evaluation_batch_shapes(self, canvas: Canvas, batch_size: int) -> BatchShapes:
         """Of a batch of evaluation."""
         return _shapes(self.blank(canvas), batch_size)
 
