@@ -17,7 +17,8 @@ from experiments.ablation import __main__ as ablation
 from experiments.ablation import report, study
 from experiments.ablation.results import Results, Run
 from experiments.classification import guides
-from experiments.classification.__main__ import PRESETS, Arguments
+from experiments.classification.__main__ import Arguments
+from experiments.classification.config import PRESETS
 from experiments.runtime import configs
 from experiments.runtime.errors import UserError
 

@@ -18,14 +18,15 @@ from flax import linen as nn
 from PIL import Image
 from rich.console import Console
 
-from experiments.classification import __main__ as experiment
-from experiments.classification.__main__ import Arguments, Config, ModelConfig, Pods, main
-from experiments.runtime import data, loop, mesh, sources
+from experiments.classification.__main__ import EXPERIMENT, Arguments, main, task_and_feed
+from experiments.classification.config import ClassifierRecipe, Config
+from experiments.classification.model import ModelConfig
+from experiments.runtime import data, experiment, loop, mesh, sources
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import UserError
+from experiments.runtime.experiment import Pods
 from experiments.runtime.files import replacing
 from experiments.runtime.pipeline import Loading
-from experiments.runtime.recipes import Recipe
 
 TINY = [
     "--model.blocks",
@@ -194,7 +195,7 @@ def test_a_picture_that_fails_costs_nothing_else(tmp_path, monkeypatch, capsys):
         [],
     )
     monkeypatch.setattr(experiment, "train", lambda *args, **kwargs: trained)
-    experiment.run(Config(), tmp_path, mesh.make_mesh())
+    experiment.run(EXPERIMENT, Config(), tmp_path, mesh.make_mesh())
     assert json.loads((tmp_path / "report.json").read_text())["test_accuracy"] == 0.5
     out, err = capsys.readouterr()
     assert "test accuracy 0.5000 after 1 epochs" in out
@@ -234,18 +235,18 @@ def test_an_option_of_several_numbers(name, option, value, numbers):
 @pytest.mark.parametrize(
     "config,option,value",
     [
-        (Recipe, "seed", -1),
-        (Recipe, "seed", 2**32),
-        (Recipe, "learning_rate", 0.0),
-        (Recipe, "learning_rate", float("nan")),
-        (Recipe, "learning_rate", float("inf")),
-        (Recipe, "warmup_epochs", -1.0),
-        (Recipe, "momentum", 1.0),
-        (Recipe, "weight_decay", -0.1),
-        (Recipe, "label_smoothing", 1.0),
-        (Recipe, "decay_rate", 0.0),
-        (Recipe, "ema", 1.0),
-        (Recipe, "accumulate", 0),
+        (ClassifierRecipe, "seed", -1),
+        (ClassifierRecipe, "seed", 2**32),
+        (ClassifierRecipe, "learning_rate", 0.0),
+        (ClassifierRecipe, "learning_rate", float("nan")),
+        (ClassifierRecipe, "learning_rate", float("inf")),
+        (ClassifierRecipe, "warmup_epochs", -1.0),
+        (ClassifierRecipe, "momentum", 1.0),
+        (ClassifierRecipe, "weight_decay", -0.1),
+        (ClassifierRecipe, "label_smoothing", 1.0),
+        (ClassifierRecipe, "decay_rate", 0.0),
+        (ClassifierRecipe, "ema", 1.0),
+        (ClassifierRecipe, "accumulate", 0),
         (CheckpointConfig, "every_steps", -1),
         (CheckpointConfig, "every_minutes", float("inf")),
         (CheckpointConfig, "keep", 0),
@@ -259,7 +260,9 @@ def test_an_option_of_several_numbers(name, option, value, numbers):
 )
 def test_a_value_out_of_range(config, option, value):
     shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-    group = {Recipe: "train", ModelConfig: "model", CheckpointConfig: "checkpoint"}[config]
+    group = {ClassifierRecipe: "train", ModelConfig: "model", CheckpointConfig: "checkpoint"}[
+        config
+    ]
     message = f"--{group}.{option.replace('_', '-')} must be .* got {shown}\\.$"
     with pytest.raises(UserError, match=message):
         config(**{option: value})
@@ -277,14 +280,14 @@ def test_a_guide_option_without_a_guide_that_blocks_share(fields, without):
 
 
 def test_the_ends_of_the_ranges():
-    Recipe(seed=2**32 - 1, warmup_epochs=0, momentum=0, weight_decay=0, label_smoothing=0)
-    Recipe(seed=0)
+    ClassifierRecipe(seed=2**32 - 1, warmup_epochs=0, momentum=0, weight_decay=0, label_smoothing=0)
+    ClassifierRecipe(seed=0)
     ModelConfig(blocks=(1, 1, 1), stem_strides=(1, 1), regions=1)
 
 
 @pytest.fixture
 def in_process(monkeypatch, capsys):
-    monkeypatch.setattr(mesh, "join_processes", lambda placement: None)  # it is too late for that
+    monkeypatch.setattr(mesh, "join_processes", lambda cluster: None)  # it is too late for that
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["classification", *map(str, arguments)])
@@ -375,7 +378,7 @@ def test_a_run_does_not_go_on_with_other_data(tree, begin, tmp_path, monkeypatch
 @pytest.mark.usefixtures("standard_promotion")
 def test_the_number_of_epochs_changes_only_where_no_learning_rate_does():
     def refusal(step, epochs, **options):
-        before = Recipe(epochs=10, warmup_epochs=2.0, **options)
+        before = ClassifierRecipe(epochs=10, warmup_epochs=2.0, **options)
         try:
             experiment._check_epochs(
                 before, dataclasses.replace(before, epochs=epochs), step, steps_per_epoch=5
@@ -443,10 +446,11 @@ def standard_promotion():  # optax's
 @pytest.mark.parametrize("kept", ["first and a half", "nothing", "no file"])
 def test_resuming_with_lost_metrics(kept, tree, tmp_path):
     dataset = data.load(f"folder:{tree}", 8)
-    recipe = Recipe(epochs=2, batch_size=8, augment="none")
+    recipe = ClassifierRecipe(epochs=2, batch_size=8, augment="none")
 
     def train():
-        return loop.train(Linear(), dataset, recipe, tmp_path, mesh=mesh.make_mesh(), image_size=8)
+        task, feed = task_and_feed(Linear(), dataset, recipe, 8)
+        return loop.train(task, feed, recipe, tmp_path, mesh=mesh.make_mesh())
 
     whole = train().metrics
     path = tmp_path / "metrics.jsonl"
@@ -476,7 +480,9 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
 def test_the_progress_line_fits_80_columns():
     console = Console(width=80, file=io.StringIO())
     progress = loop._progress(console)
-    shown = loop._shown(12.3456, 0.5, 12345.0)
+    means = {name: 12.3456 for name in ("loss", "box", "class", "mask", "rpn_box")}
+    shown = loop._shown(means, 12345.0)
+    assert shown == "loss 12.346  box 12.346  12,345 img/s"
     progress.add_task("epoch 100/100", total=9000, completed=4000, shown=shown)
     console.print(progress.get_renderable())
     line = console.file.getvalue().rstrip("\n")
@@ -494,9 +500,9 @@ def test_help_explains_every_option():
         words = re.sub(r".*--[a-z.-]+ (\{\S+\}\S*|[A-Z]+ )*", "", part)
         explained[option] = words.split()
     groups = {
-        "": (Config, Arguments, Pods, Loading, mesh.Placement),
+        "": (Config, Arguments, Pods, Loading, mesh.Cluster),
         "model.": (ModelConfig,),
-        "train.": (Recipe,),
+        "train.": (ClassifierRecipe,),
         "checkpoint.": (CheckpointConfig,),
     }
     names = {

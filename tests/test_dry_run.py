@@ -8,6 +8,7 @@ import pytest
 from flax import linen as nn
 
 from drconv_jax import DRConv
+from experiments.classification.task import Classification
 from experiments.runtime import dry_run
 from experiments.runtime.errors import UserError
 from experiments.runtime.recipes import Recipe
@@ -31,8 +32,8 @@ class Net(nn.Module):
 
 
 def compile_step(topology, fsdp=1, **options):
-    recipe = Recipe(**options)
-    return dry_run.compile_step(Net(), recipe, topology, image_size=16, chip_batch=8, fsdp=fsdp)
+    task, recipe = Classification(Net(), 16, crops=True, flips=True), Recipe(**options)
+    return dry_run.compile_step(task, recipe, topology, chip_batch=8, fsdp=fsdp)
 
 
 def total(report, kind, large):
@@ -203,4 +204,4 @@ def test_without_the_compiler(monkeypatch):
 def test_what_cannot_be_compiled(topology, options, message):
     fsdp = options.pop("fsdp", 1)
     with pytest.raises(UserError, match=message):
-        dry_run.compile_step(Net(), Recipe(**options), topology, image_size=16, fsdp=fsdp)
+        dry_run.compile_step(Classification(Net(), 16), Recipe(**options), topology, fsdp=fsdp)

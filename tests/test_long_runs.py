@@ -67,18 +67,20 @@ def test_other_options_do_not_continue_a_run(env, tmp_path):
 
 READING = """
 import os, signal, sys, time
+from experiments.classification.feed import LabelledImages
 from experiments.runtime import data, preemption
-from experiments.runtime.pipeline import Loading, Pipeline
+from experiments.runtime.pipeline import Loading, Share
 
 if __name__ == "__main__":
     split = data.load(f"folder:{sys.argv[1]}", 8, hold="disk").train
-    pipeline = Pipeline(2, 0, 1, 8, "none", False, 0, Loading(workers=2, threads=1))
+    loading = Loading(workers=2, threads=1)
+    feed = LabelledImages(split, split, Share(2), 8, "none", False, 0, loading)
     with preemption.noticed() as stopped_by:
-        batches = pipeline.training(split, 0)
+        batches = feed.training(0)
         next(batches)
         os.killpg(0, signal.SIGINT)
         os.killpg(0, signal.SIGTERM)
-        read = [next(batches)["label"] for _ in range(20)]
+        read = [next(batches) for _ in range(20)]
         print(stopped_by().name, len(read), flush=True)
         time.sleep(1000)
 """

@@ -17,11 +17,12 @@ import pytest
 from PIL import ExifTags, Image, ImageCms, ImageOps
 from runs import SMALL, finish, start
 
+from experiments.classification.feed import LabelledImages
 from experiments.convert.__main__ import main as convert_main
 from experiments.runtime import data, images, sources
 from experiments.runtime.errors import DataLost, UserError
 from experiments.runtime.images import BrokenImageError
-from experiments.runtime.pipeline import Loading, Pipeline
+from experiments.runtime.pipeline import Loading, Share
 from experiments.runtime.sources import ArraySplit
 
 SIZE, COUNT = 12, 7  # of images in a class of the training split
@@ -48,10 +49,9 @@ def tree(tmp_path_factory):
     return root
 
 
-def pipeline(processes=1, process=0, augment="none", seed=0, batch=6, **loading):
-    return Pipeline(
-        batch, process, processes, SIZE, augment, flips=True, seed=seed, loading=Loading(**loading)
-    )
+def feed(split, processes=1, process=0, augment="none", seed=0, batch=6, **loading):
+    share = Share(batch, process, processes)
+    return LabelledImages(split, split, share, SIZE, augment, True, seed, Loading(**loading))
 
 
 def take(batches, count):
@@ -60,8 +60,9 @@ def take(batches, count):
 
 def assert_same(batches, others):
     for batch, other in zip(batches, others, strict=True):
-        for name in ("image", "label", "index"):
-            np.testing.assert_array_equal(batch[name], other[name])
+        np.testing.assert_array_equal(batch.index, other.index)
+        for name in ("image", "label"):
+            np.testing.assert_array_equal(batch.arrays[name], other.arrays[name])
 
 
 @pytest.fixture(scope="module", params=["memory", "disk"])
@@ -72,36 +73,36 @@ def splits(request, tree):
 
 
 def test_the_seed_is_the_order(splits):
-    batches = take(pipeline().training(splits.train, 0), 6)
-    assert_same(batches, take(pipeline().training(splits.train, 0), 6))
-    others = take(pipeline(seed=1).training(splits.train, 0), 6)
-    assert [b["index"].tolist() for b in batches] != [b["index"].tolist() for b in others]
+    batches = take(feed(splits.train).training(0), 6)
+    assert_same(batches, take(feed(splits.train).training(0), 6))
+    others = take(feed(splits.train, seed=1).training(0), 6)
+    assert [b.index.tolist() for b in batches] != [b.index.tolist() for b in others]
     first, second = batches[:2], batches[2:4]  # two epochs
-    assert [b["index"].tolist() for b in first] != [b["index"].tolist() for b in second]
+    assert [b.index.tolist() for b in first] != [b.index.tolist() for b in second]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])
 def test_every_sample_once_for_any_number_of_processes(splits, processes):
-    parts = [pipeline(processes, process) for process in range(processes)]
+    parts = [feed(splits.train, processes, process) for process in range(processes)]
     epoch = 2 * COUNT // 6  # two samples are left over
-    training = [take(part.training(splits.train, 0), 3 * epoch) for part in parts]
-    alone = take(pipeline().training(splits.train, 0), 3 * epoch)
+    training = [take(part.training(0), 3 * epoch) for part in parts]
+    alone = take(feed(splits.train).training(0), 3 * epoch)
     seen = []
     for shares, whole in zip(zip(*training, strict=True), alone, strict=True):
-        indices = np.concatenate([share["index"] for share in shares])
-        assert sorted(indices) == sorted(whole["index"])
+        indices = np.concatenate([share.index for share in shares])
+        assert sorted(indices) == sorted(whole.index)
         seen.append(indices)
         for share in shares:
-            assert share["label"].tolist() == [int(i >= COUNT) for i in share["index"]]
-            colours = [10 + 7 * int(i) for i in share["index"]]
-            np.testing.assert_array_equal(share["image"][:, 5, 5, 0], colours)
+            assert share.arrays["label"].tolist() == [int(i >= COUNT) for i in share.index]
+            colours = [10 + 7 * int(i) for i in share.index]
+            np.testing.assert_array_equal(share.arrays["image"][:, 5, 5, 0], colours)
     for i in range(3):
         in_epoch = np.concatenate(seen[i * epoch : (i + 1) * epoch])
         assert len(set(in_epoch.tolist())) == len(in_epoch) == 12
-    parts = [pipeline(processes, process, batch=12) for process in range(processes)]
-    evaluation = [b for part in parts for b in part.evaluation(splits.test)]
-    indices = np.concatenate([batch["index"] for batch in evaluation])
-    labels = np.concatenate([batch["label"] for batch in evaluation])
+    parts = [feed(splits.test, processes, process, batch=12) for process in range(processes)]
+    evaluation = [b for part in parts for b in part.evaluation()]
+    indices = np.concatenate([batch.index for batch in evaluation])
+    labels = np.concatenate([batch.arrays["label"] for batch in evaluation])
     assert sorted(indices) == [-1] * 6 + list(range(6))
     np.testing.assert_array_equal(labels, np.where(indices < 0, -1, indices >= 3))
 
@@ -110,14 +111,14 @@ def test_every_sample_once_for_any_number_of_processes(splits, processes):
 @pytest.mark.parametrize("step", [1, 5])
 def test_going_on_in_the_midst_of_an_epoch(tree, augment, step):
     split = data.load(f"folder:{tree}", SIZE, hold="disk").train
-    whole = take(pipeline(augment=augment).training(split, 0), 8)
-    assert_same(take(pipeline(augment=augment).training(split, step), 8 - step), whole[step:])
+    whole = take(feed(split, augment=augment).training(0), 8)
+    assert_same(take(feed(split, augment=augment).training(step), 8 - step), whole[step:])
 
 
 def test_worker_processes_change_nothing(tree):
     split = data.load(f"folder:{tree}", SIZE, hold="disk").train
-    alone = take(pipeline(augment="resized-crop").training(split, 0), 5)
-    assert_same(take(pipeline(augment="resized-crop", workers=2).training(split, 0), 5), alone)
+    alone = take(feed(split, augment="resized-crop").training(0), 5)
+    assert_same(take(feed(split, augment="resized-crop", workers=2).training(0), 5), alone)
 
 
 @pytest.fixture
@@ -133,31 +134,31 @@ def broken_tree(tree, tmp_path):
 def test_another_image_takes_the_place_of_a_broken_one(broken_tree, augment, workers):
     split = data.load(f"folder:{broken_tree}", SIZE, hold="disk").train
     (broken,) = (i for i in range(2 * COUNT) if split.name_of(i) == "train/dog/2.png")
-    batches = take(pipeline(augment=augment, batch=14, workers=workers).training(split, 0), 2)
+    batches = take(feed(split, augment=augment, batch=14, workers=workers).training(0), 2)
     stand_ins = set()
     for batch in batches:
-        assert batch["broken"] == {broken: "it is not an image of a format that Pillow reads"}
-        assert batch["label"].tolist() == [int(i >= COUNT) for i in batch["index"]]
-        colours = [10 + 7 * int(i) for i in batch["index"]]
-        np.testing.assert_array_equal(batch["image"][:, 5, 5, 0], colours)
+        assert batch.broken == {broken: "it is not an image of a format that Pillow reads"}
+        assert batch.arrays["label"].tolist() == [int(i >= COUNT) for i in batch.index]
+        colours = [10 + 7 * int(i) for i in batch.index]
+        np.testing.assert_array_equal(batch.arrays["image"][:, 5, 5, 0], colours)
         whole = [i for i in range(2 * COUNT) if i != broken]
-        (twice,) = (np.bincount(batch["index"], minlength=14) - np.isin(range(14), whole)).nonzero()
+        (twice,) = (np.bincount(batch.index, minlength=14) - np.isin(range(14), whole)).nonzero()
         stand_ins |= set(twice.tolist())
     assert len(stand_ins) == 1  # the same in every epoch
-    assert_same(take(pipeline(augment=augment, batch=14).training(split, 1), 1), batches[1:])
+    assert_same(take(feed(split, augment=augment, batch=14).training(1), 1), batches[1:])
     for processes in (1, 2):
-        parts = [pipeline(processes, i, augment, batch=14) for i in range(processes)]
-        shares = [next(part.training(split, 1)) for part in parts]  # going on with the second
-        found = np.concatenate([share["index"] for share in shares])
-        assert sorted(found) == sorted(batches[1]["index"])
-        assert {k for share in shares for k in share["broken"]} == {broken}
+        parts = [feed(split, processes, i, augment, batch=14) for i in range(processes)]
+        shares = [next(part.training(1)) for part in parts]  # going on with the second
+        found = np.concatenate([share.index for share in shares])
+        assert sorted(found) == sorted(batches[1].index)
+        assert {k for share in shares for k in share.broken} == {broken}
 
 
 def test_a_broken_image_does_not_count_in_evaluation(broken_tree):
     split = data.load(f"folder:{broken_tree}", SIZE, hold="disk").test
-    (batch,) = pipeline(batch=8).evaluation(split)
-    assert batch["label"].tolist() == [0, -1, 0, 1, 1, 1, -1, -1]
-    assert batch["index"].tolist() == [0, 1, 2, 3, 4, 5, -1, -1] and set(batch["broken"]) == {1}
+    (batch,) = feed(split, batch=8).evaluation()
+    assert batch.arrays["label"].tolist() == [0, -1, 0, 1, 1, 1, -1, -1]
+    assert batch.index.tolist() == [0, 1, 2, 3, 4, 5, -1, -1] and set(batch.broken) == {1}
 
 
 @pytest.mark.parametrize("kind,workers", [("folder", 0), ("zip", 0), ("records", 0), ("folder", 1)])
@@ -178,8 +179,8 @@ def test_data_that_goes_away(kind, workers, tree, tmp_path):
     else:
         shutil.rmtree(where) if where.is_dir() else where.unlink()
     for batches in (
-        pipeline(workers=workers).training(dataset.train, 0),
-        pipeline(workers=workers).evaluation(dataset.test),
+        feed(dataset.train, workers=workers).training(0),
+        feed(dataset.test, workers=workers).evaluation(),
     ):
         with pytest.raises(DataLost, match=f'^"{where}.*" ({lost})'):
             take(batches, 3)
@@ -190,16 +191,16 @@ def test_half_of_the_images_may_go_away_but_not_more(tree, tmp_path):
     split = data.load(f"folder:{tmp_path / 'images'}", SIZE, hold="disk").train
     for i in range(COUNT):
         (tmp_path / "images" / "train" / "cat" / f"{i}.png").unlink()
-    for batch in take(pipeline(batch=2).evaluation(split), 7):
-        assert all((batch["label"] < 0) == (batch["index"] < COUNT))
+    for batch in take(feed(split, batch=2).evaluation(), 7):
+        assert all((batch.arrays["label"] < 0) == (batch.index < COUNT))
     for i in range(3):
         (tmp_path / "images" / "train" / "dog" / f"{i}.png").unlink()
-    for batches in (pipeline(batch=2).training(split, 0), pipeline(batch=2).evaluation(split)):
+    for batches in (feed(split, batch=2).training(0), feed(split, batch=2).evaluation()):
         with pytest.raises(DataLost, match="images in a row cannot be read, as train/.*: No such"):
             take(batches, 50)
     shutil.rmtree(tmp_path / "images" / "train")  # the root is there still
     with pytest.raises(DataLost, match="none of 32 images drawn can be read"):
-        next(pipeline(batch=2).training(split, 0))
+        next(feed(split, batch=2).training(0))
 
 
 def test_a_disk_that_fails_is_no_broken_image(tree, monkeypatch):
@@ -209,7 +210,7 @@ def test_a_disk_that_fails_is_no_broken_image(tree, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(pathlib.Path, "read_bytes", read_bytes)
-    for batches in (pipeline().training(dataset.train, 0), pipeline().evaluation(dataset.test)):
+    for batches in (feed(dataset.train).training(0), feed(dataset.test).evaluation()):
         with pytest.raises(DataLost, match="cannot be read any more: Input/output error"):
             next(batches)
     with pytest.raises(UserError, match=r"--data: .* any more: Input/output error"):
@@ -219,10 +220,10 @@ def test_a_disk_that_fails_is_no_broken_image(tree, monkeypatch):
 def test_workers_leave_nothing_behind(tree):
     split = data.load(f"folder:{tree}", SIZE, hold="disk").train
     shared = set(pathlib.Path("/dev/shm").glob("psm_*"))
-    batches = pipeline(workers=2).training(split, 0)
+    batches = feed(split, workers=2).training(0)
     batch = next(batches)
     assert not set(pathlib.Path("/dev/shm").glob("psm_*")) - shared
-    assert type(batch["image"]) is np.ndarray
+    assert type(batch.arrays["image"]) is np.ndarray
     multiprocessing.active_children()[0].kill()
     with pytest.raises(DataLost, match="a process that reads images has ended"):
         take(batches, 20)
@@ -261,9 +262,9 @@ def test_array_records_are_the_folder(tree, tmp_path):
         assert samples_of(ours) == samples_of(theirs)
     # The order is drawn at random.
     assert len({records.train[i].label for i in range(COUNT)}) == 2
-    (batch,) = take(pipeline(workers=1).training(records.train, 0), 1)
-    colours = [ours[:2] for ours in batch["image"][:, 5, 5]]
-    names = [records.train.name_of(i) for i in batch["index"]]
+    (batch,) = take(feed(records.train, workers=1).training(0), 1)
+    colours = [ours[:2] for ours in batch.arrays["image"][:, 5, 5]]
+    names = [records.train.name_of(i) for i in batch.index]
     expected = [images.squashed(samples_of(folder.train)[n][0], SIZE)[5, 5, :2] for n in names]
     np.testing.assert_array_equal(colours, expected)
 
@@ -295,9 +296,9 @@ def test_a_damaged_record_is_named_and_left_out(tree, tmp_path):
     whole = data.load(f"arrayrecord:{folder}", SIZE, hold="disk").train
     flip_a_byte(next(folder.glob("train-*")), whole[3].content)
     dataset = data.load(f"arrayrecord:{folder}", SIZE, hold="disk")
-    (batch,) = take(pipeline(batch=14).training(dataset.train, 0), 1)
-    ((broken, why),) = batch["broken"].items()
-    assert broken == 3 and "its record is damaged" in why and (batch["label"] >= 0).all()
+    (batch,) = take(feed(dataset.train, batch=14).training(0), 1)
+    ((broken, why),) = batch.broken.items()
+    assert broken == 3 and "its record is damaged" in why and (batch.arrays["label"] >= 0).all()
     assert dataset.train.name_of(3) == "train record 3"
     assert [line.split(":")[0] for line in data.load(f"arrayrecord:{folder}", 16).skipped] == [
         "train record 3"
@@ -449,7 +450,7 @@ UNLABELLED = [(image, -1) for image, _ in ROWS]
 def test_a_split_without_labels_is_not_used(hold, hugging_face):
     found = hugging_face({"train": ROWS, "test": UNLABELLED, "validation": ROWS[:4]}, hold=hold)
     assert found.left_out == ('the split "test", which has no labels, as "validation" is held out',)
-    assert [batch["label"].tolist() for batch in pipeline(batch=4).evaluation(found.test)] == [
+    assert [batch.arrays["label"].tolist() for batch in feed(found.test, batch=4).evaluation()] == [
         [0, 1, 0, 1]
     ]
     some = [(image, None if i < 2 else label) for i, (image, label) in enumerate(ROWS)]
@@ -488,8 +489,8 @@ def test_a_row_without_an_image_is_skipped(hold, hugging_face):
     if hold == "memory":
         assert found.skipped == ("train row 0: the row has no image",)
         return
-    (batch,) = take(pipeline(batch=7).training(found.train, 0), 1)
-    assert batch["broken"] == {0: "the row has no image"}
+    (batch,) = take(feed(found.train, batch=7).training(0), 1)
+    assert batch.broken == {0: "the row has no image"}
     assert found.train.name_of(0) == "train row 0"
 
 

@@ -22,13 +22,17 @@ from PIL import Image
 from runs import checkpoints_of, rows_of, tensorboard
 
 from drconv_jax import DRConv
-from experiments.classification.__main__ import PRESETS, Config, ModelConfig
+from experiments.classification.__main__ import task_and_feed
+from experiments.classification.config import PRESETS, ClassifierRecipe, Config
+from experiments.classification.feed import LabelledImages
+from experiments.classification.model import ModelConfig
+from experiments.classification.task import Classification
 from experiments.runtime import configs, data, loop, preemption, regions, sources, training
 from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
 from experiments.runtime.errors import DataLost, Preempted, UserError
-from experiments.runtime.mesh import Placement, check_batch, make_mesh, on_devices
-from experiments.runtime.pipeline import Pipeline
-from experiments.runtime.recipes import RECIPES, Recipe, learning_rate, optimizer
+from experiments.runtime.images import normalize
+from experiments.runtime.mesh import Cluster, check_batch, make_mesh, on_devices
+from experiments.runtime.recipes import Recipe, learning_rate, optimizer
 
 SIZE = 8
 
@@ -84,22 +88,16 @@ def dataset():
 
 
 def train(dataset, folder, recipe, model=None, devices=None, fsdp=1, **checkpoint):
-    return loop.train(
-        model or Net(),
-        dataset,
-        recipe,
-        folder,
-        mesh=make_mesh(fsdp, devices),
-        image_size=SIZE,
-        checkpoint=CheckpointConfig(**checkpoint),
-    )
+    task, feed = task_and_feed(model or Net(), dataset, recipe, SIZE)
+    mesh, when = make_mesh(fsdp, devices), CheckpointConfig(**checkpoint)
+    return loop.train(task, feed, recipe, folder, mesh=mesh, checkpoint=when)
 
 
 def program_of(model=None, recipe=None, fsdp=1):
-    mesh = make_mesh(fsdp)
-    return program(
-        model or Net(), recipe or RECIPE, mesh, image_size=SIZE, steps_per_epoch=5, flips=False
-    )
+    recipe = recipe or RECIPE
+    crops, smoothing = recipe.augment == "crop", recipe.label_smoothing
+    task = Classification(model or Net(), SIZE, crops, label_smoothing=smoothing)
+    return program(task, recipe, make_mesh(fsdp), steps_per_epoch=5)
 
 
 def first(count, split, mesh):
@@ -135,7 +133,8 @@ def signal_at(monkeypatch):
     return install
 
 
-RECIPE = Recipe(epochs=3, batch_size=8, learning_rate=0.05, ema=0.9)  # 5 steps, 3 batches a test
+# An epoch is 5 steps, and an evaluation 3 batches.
+RECIPE = ClassifierRecipe(epochs=3, batch_size=8, learning_rate=0.05, ema=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -382,9 +381,9 @@ class Gone:
 def test_data_that_is_lost_stops_a_run_that_can_go_on(
     split, count, saved, dataset, tmp_path, monkeypatch, uninterrupted
 ):
-    batches = getattr(Pipeline, split)
+    batches = getattr(LabelledImages, split)
     with monkeypatch.context() as patch:
-        patch.setattr(Pipeline, split, lambda *args: iter(Gone(batches(*args), count)))
+        patch.setattr(LabelledImages, split, lambda *args: iter(Gone(batches(*args), count)))
         with pytest.raises(UserError) as stopped:
             train(dataset, tmp_path, RECIPE)
     assert str(stopped.value) == (
@@ -411,7 +410,7 @@ def test_no_steps_time_has_compiling_in_it(dataset, tmp_path, monkeypatch, capsy
 
     clock = types.SimpleNamespace(perf_counter=lambda: next(now), monotonic=time.monotonic)
     monkeypatch.setattr(loop, "time", clock)
-    train(dataset, tmp_path, Recipe(epochs=1, batch_size=8, augment="none"), Slow())
+    train(dataset, tmp_path, ClassifierRecipe(epochs=1, batch_size=8, augment="none"), Slow())
     assert next(now) > 2 * compiling
     (row,) = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert row["images_per_second"] > 40 / compiling
@@ -478,7 +477,7 @@ def test_a_batch_that_does_not_divide(batch_size, parts, would_do):
 
 
 @pytest.mark.parametrize(
-    "placement,message",
+    "cluster,message",
     [
         ({"fsdp": 0}, "--fsdp must be at least 1"),
         ({"coordinator": "a:1", "processes": 2}, "go together, got a:1, 2, None"),
@@ -486,9 +485,9 @@ def test_a_batch_that_does_not_divide(batch_size, parts, would_do):
         ({"coordinator": "a", "processes": 2, "process_id": 0}, "must be HOST:PORT, got a"),
     ],
 )
-def test_a_placement_that_is_none(placement, message):
+def test_a_cluster_that_is_none(cluster, message):
     with pytest.raises(UserError, match=message):
-        Placement(**placement)
+        Cluster(**cluster)
 
 
 def test_parts_that_the_devices_do_not_make():
@@ -498,7 +497,7 @@ def test_parts_that_the_devices_do_not_make():
 
 @pytest.mark.parametrize("option", [{"accumulate": 2}, {"remat": True}])
 def test_saving_memory_changes_no_gradient(option, dataset):
-    recipe = Recipe(batch_size=16, warmup_epochs=0.0, augment="none")
+    recipe = ClassifierRecipe(batch_size=16, warmup_epochs=0.0, augment="none")
     model = Net() if "remat" in option else Linear()  # batch norm sees the parts one by one
 
     def after_a_step(recipe):
@@ -547,7 +546,7 @@ def save_images(folder, counts, colour=100):
 def test_batch_statistics_are_those_of_real_images(augment, accumulate, tmp_path):
     save_images(tmp_path / "images", {"train": 8, "test": 4})
     dataset = data.load(f"folder:{tmp_path / 'images'}", SIZE, hold="disk")
-    recipe = Recipe(epochs=1, batch_size=16, augment=augment, accumulate=accumulate)
+    recipe = ClassifierRecipe(epochs=1, batch_size=16, augment=augment, accumulate=accumulate)
     state, metrics, skipped = train(dataset, tmp_path / "run", recipe, Normed())
     statistics = state.variables["batch_stats"]["BatchNorm_0"]
     np.testing.assert_allclose(statistics["mean"], (100 - 127.5) / 64, rtol=1e-6)
@@ -561,32 +560,34 @@ def test_nothing_is_evaluated_on_no_images(tmp_path):
     save_images(tmp_path / "images", {"train": 4, "test": 1})
     dataset = data.load(f"folder:{tmp_path / 'images'}", SIZE, hold="disk")
     with pytest.raises((DataLost, UserError), match="none of the test images can be read"):
-        train(dataset, tmp_path / "run", Recipe(epochs=1, batch_size=8), Normed())
+        train(dataset, tmp_path / "run", ClassifierRecipe(epochs=1, batch_size=8), Normed())
 
 
 @pytest.mark.parametrize("mirror,flips", [("auto", False), ("yes", True), ("no", False)])
 def test_whether_images_are_mirrored(mirror, flips, dataset, tmp_path, monkeypatch):
     given = []
 
-    def program(*arguments, flips, **options):
-        given.append(flips)
+    def program(task, *arguments, **options):
+        given.append(task.flips)
         raise UserError("enough")
 
     monkeypatch.setattr(loop, "program", program)
     with pytest.raises(UserError, match="enough"):
-        train(dataset, tmp_path, Recipe(epochs=1, batch_size=8, mirror=mirror))
+        train(dataset, tmp_path, ClassifierRecipe(epochs=1, batch_size=8, mirror=mirror))
     assert given == [flips]
 
 
 def test_what_is_not_finite_stops_the_run(tmp_path, dataset):
-    recipe = Recipe(epochs=5, batch_size=8, learning_rate=1e30, warmup_epochs=1.0, augment="none")
+    recipe = ClassifierRecipe(
+        epochs=5, batch_size=8, learning_rate=1e30, warmup_epochs=1.0, augment="none"
+    )
     with pytest.raises(UserError) as refused:
         train(dataset, tmp_path, recipe, Linear(), every_steps=1, keep=1)
     found = json.loads((tmp_path / "non_finite.json").read_text())
-    batches = Pipeline(8, 0, 1, SIZE, "none", flips=False, seed=0).training(dataset.train, 0)
+    batches = task_and_feed(Linear(), dataset, recipe, SIZE)[1].training(0)
     for _ in range(found["step"]):
         batch = next(batches)
-    assert found["samples"] == [dataset.train.name_of(i) for i in batch["index"]]
+    assert found["samples"] == [dataset.train.name_of(i) for i in batch.index]
     assert not np.isfinite(found["loss"] + found["gradient_norm"])
     (last,) = (tmp_path / "checkpoints").iterdir()
     assert int(last.name) == found["step"] - 1
@@ -615,7 +616,7 @@ def test_positions_of_real_images_are_counted_by_region(dataset):
     batch = on_devices({"image": images, "label": labels}, program.mesh)
     sums = program.eval_step(variables, batch)
     apply = jax.jit(functools.partial(Net().apply, mutable="intermediates"))
-    _, sown = apply(variables, training.normalize(jnp.asarray(images)))
+    _, sown = apply(variables, normalize(jnp.asarray(images)))
     index = np.asarray(sown["intermediates"]["dynamic"]["region_index"][0])[:5]
     np.testing.assert_array_equal(
         sums["regions"]["dynamic"], np.bincount(index.ravel(), minlength=2)
@@ -630,7 +631,7 @@ def test_a_collapsed_guide_is_said(dataset, tmp_path, capsys):
             x = DRConv(4, (1, 1), regions=3, implementation="blocked", name="dynamic")(x, guide)
             return x.mean((1, 2))
 
-    train(dataset, tmp_path, Recipe(epochs=1, batch_size=8), Collapsed())
+    train(dataset, tmp_path, ClassifierRecipe(epochs=1, batch_size=8), Collapsed())
     assert (
         "guide of dynamic has collapsed: one of its 3 regions is in use" in capsys.readouterr().out
     )
@@ -638,7 +639,7 @@ def test_a_collapsed_guide_is_said(dataset, tmp_path, capsys):
 
 
 def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, signal_at):
-    recipe = Recipe(epochs=3, batch_size=8, augment="none")
+    recipe = ClassifierRecipe(epochs=3, batch_size=8, augment="none")
     signal_at(15)  # in the second epoch's evaluation; an epoch is 5 and 3 batches
     with pytest.raises(Preempted):
         train(dataset, tmp_path, recipe, Linear())
@@ -654,13 +655,46 @@ def test_tensorboard_gets_every_epoch_once(dataset, tmp_path, signal_at):
     "recipe,expected",
     [
         (Recipe(epochs=4, learning_rate=1.0), {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 25: 0.5, 40: 0.0}),
-        (RECIPES["imagenet"], {0: 0.5, 1200: 0.25, 2400: 0.0}),
-        (RECIPES["mobilenet"], {9: 0.045, 10: 0.045 * 0.98, 2999: 0.045 * 0.98**299}),
+        (PRESETS["imagenet"].train, {0: 0.5, 1200: 0.25, 2400: 0.0}),
+        (
+            Recipe(
+                epochs=12,
+                batch_size=8,
+                learning_rate=0.02,
+                reference_batch=16,
+                schedule="steps",
+                decay_rate=0.1,
+                decay_epochs=(8, 11),
+                warmup_steps=5,
+                warmup_start=0.001,
+            ),
+            {0: 1e-5, 2: 0.01 * 0.5005, 4: 0.01, 5: 0.01, 79: 0.01, 80: 1e-3, 109: 1e-3, 110: 1e-4},
+        ),
+        (PRESETS["mobilenet"].train, {9: 0.045, 10: 0.045 * 0.98, 2999: 0.045 * 0.98**299}),
     ],
 )
 def test_schedules(recipe, expected):
     rate = learning_rate(recipe, steps_per_epoch=10)
-    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, abs=1e-6)
+    assert {step: float(rate(step)) for step in expected} == pytest.approx(expected, 1e-5, 1e-6)
+
+
+def test_a_schedule_in_steps_says_when():
+    for options in ({"schedule": "steps"}, {"decay_epochs": (8.0,)}):
+        with pytest.raises(UserError, match="--train.decay-epochs says when --train.schedule ste"):
+            Recipe(**options)
+    with pytest.raises(UserError, match="decay-epochs must be positive and rising, got 11 8"):
+        Recipe(schedule="steps", decay_epochs=(11, 8))
+
+
+def test_gradients_are_clipped_by_the_norm_of_all_of_them():
+    params = {"kernel": jnp.zeros(2), "bias": jnp.zeros(1)}
+    recipe = Recipe(gradient_clip=6.5, learning_rate=1.0, momentum=0.0, warmup_epochs=0.0)
+    update = optimizer(recipe, 10)
+    for scale, expected in ((1.0, 0.5), (0.5, 0.5), (0.1, 0.1)):  # of the norm 13
+        gradients = {"kernel": scale * jnp.array([3.0, 4.0]), "bias": scale * jnp.array([12.0])}
+        changes, _ = update.update(gradients, update.init(params), params)
+        np.testing.assert_allclose(changes["kernel"], -expected * np.array([3.0, 4.0]), rtol=1e-6)
+        np.testing.assert_allclose(changes["bias"], -expected * np.array([12.0]), rtol=1e-6)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "exponential"])
@@ -707,14 +741,14 @@ def test_the_average_of_the_weights(dataset):
 
 
 def test_the_imagenet_recipe_is_that_of_the_shufflenet_v2_paper():
-    recipe = RECIPES["imagenet"]
+    recipe = PRESETS["imagenet"].train
     assert (recipe.batch_size, recipe.learning_rate, recipe.schedule) == (1024, 0.5, "linear")
     assert (recipe.momentum, recipe.weight_decay, recipe.label_smoothing) == (0.9, 4e-5, 0.1)
     assert (recipe.epochs, recipe.warmup_epochs, recipe.nesterov) == (240, 0.0, False)
 
 
 def test_configurations_are_saved_compared_and_shown():
-    config = Config(model=ModelConfig(blocks=(1, 2, 3)), train=Recipe(epochs=7))
+    config = Config(model=ModelConfig(blocks=(1, 2, 3)), train=ClassifierRecipe(epochs=7))
     saved = json.loads(json.dumps(dataclasses.asdict(config)))
     assert configs.from_json(Config, saved) == config
     assert configs.differences(config, PRESETS["small"]) == {

@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.ablation import plots, report, study
 from experiments.ablation.results import Results, Run
-from experiments.classification.__main__ import PRESETS
+from experiments.classification.config import PRESETS
 from experiments.runtime import commands, configs, preemption, run_folder
 from experiments.runtime.errors import Preempted, UserError
 

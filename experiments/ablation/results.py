@@ -34,9 +34,18 @@ class Run:
     data: dict[str, Any] | None = None
 
     @property
-    def options(self) -> list[str]:
-        """The command without the path of the data, which may lie elsewhere on another machine."""
-        return [_BY_PATH.sub(r"\1", argument) for argument in self.command]
+    def options(self) -> set[str]:
+        """The command's options with their values, in whatever order it has them.
+
+        The path of the data is left out, which may lie elsewhere on another machine.
+        """
+        options = [""]
+        for argument in self.command:
+            if argument.startswith("--"):
+                options.append(argument)
+            else:
+                options[-1] += " " + _BY_PATH.sub(r"\1", argument)
+        return set(options)
 
 
 class Results:

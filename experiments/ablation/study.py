@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.classification.__main__ import Config
+from experiments.classification.config import ClassifierRecipe, Config
 from experiments.classification.model import ModelConfig
 from experiments.runtime.checkpoints import CheckpointConfig
-from experiments.runtime.recipes import Recipe
 
 # ShuffleNetV2 for 32 x 32 images, narrow enough to train in minutes on one core.
 _CHANNELS = (4, 8, 16, 32, 128)
@@ -20,7 +19,7 @@ _NETWORK: dict[str, Any] = {
     "stem_strides": (1, 1),
 }
 # The rate is the best of 0.1 to 1.6 for nn.Conv; see docs/ablation/lessons.md.
-_RECIPE = Recipe(
+_RECIPE = ClassifierRecipe(
     epochs=5,
     batch_size=128,
     learning_rate=0.8,

@@ -21,6 +21,7 @@ from drconv_jax.models import (
     create_model,
 )
 from experiments.classification.guides import Guide, Guided
+from experiments.runtime.configs import check_options
 from experiments.runtime.errors import UserError
 
 _SMALL = "small"
@@ -80,7 +81,9 @@ class ModelConfig:
     """Of the computation."""
 
     def __post_init__(self) -> None:
-        for name, within, allowed in (
+        check_options(
+            self,
+            "model",
             ("width", self.width is None or 0 < self.width < math.inf, "positive and finite"),
             ("channels", min(self.channels or (1,)) >= 1, "at least 1 each"),
             ("blocks", min(self.blocks or (1,)) >= 1, "at least 1 each"),
@@ -93,11 +96,7 @@ class ModelConfig:
                 self.guide_kernel_size is None or self.guide_kernel_size >= 1,
                 "at least 1",
             ),
-        ):
-            if not within:
-                option, value = name.replace("_", "-"), getattr(self, name)
-                shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-                raise UserError(f"--model.{option} must be {allowed}, got {shown}.")
+        )
         self.build(2)
 
     @property

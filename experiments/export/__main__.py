@@ -24,12 +24,14 @@ from jaxtyping import Array
 from drconv_jax.export import PLATFORMS, export_model, load_exported, platform_names
 from drconv_jax.fold import fold_batch_norm
 from drconv_jax.onnx import export_onnx, quiet_session
-from experiments.classification.__main__ import read_config
-from experiments.runtime import commands
+from experiments.classification.config import Config
+from experiments.classification.task import Classification
+from experiments.runtime import commands, run_folder
 from experiments.runtime import mesh as meshes
 from experiments.runtime.checkpoints import Checkpoints
 from experiments.runtime.errors import UserError
-from experiments.runtime.training import normalize, program
+from experiments.runtime.images import normalize
+from experiments.runtime.training import program
 
 # Another order of sums moves logits by rounding, which grows through the layers.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
@@ -116,7 +118,7 @@ def trained_network(
     Raises:
       UserError: there is no such run, or it has no checkpoint.
     """
-    config = read_config("RUN-DIR", run_dir)
+    config = run_folder.read_config(Config, "RUN-DIR", run_dir)
     try:
         classes = json.loads((run_dir / "classes.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -124,7 +126,7 @@ def trained_network(
     network = dataclasses.replace(config.model, dtype="float32") if in_float32 else config.model
     model, size = network.build(len(classes)), config.image_size
     mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    like = program(model, config.train, mesh, image_size=size, steps_per_epoch=1, flips=False).state
+    like = program(Classification(model, size), config.train, mesh, steps_per_epoch=1).state
     checkpoints = Checkpoints(run_dir, config.checkpoint.keep, read_only=True)
     restored = checkpoints.restore(like)
     checkpoints.close()

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
+from experiments.runtime.configs import check_options
 from experiments.runtime.errors import UserError, disk_is_full, reason
 from experiments.runtime.mesh import leads, meet
 
@@ -39,16 +40,13 @@ class CheckpointConfig:
     """How many of the last are kept; the best is kept too."""
 
     def __post_init__(self) -> None:
-        for name, within, allowed in (
+        check_options(
+            self,
+            "checkpoint",
             ("every_steps", self.every_steps >= 0, "at least 0"),
             ("every_minutes", 0 <= self.every_minutes < math.inf, "at least 0 and finite"),
             ("keep", self.keep >= 1, "at least 1"),
-        ):
-            if not within:
-                option = name.replace("_", "-")
-                raise UserError(
-                    f"--checkpoint.{option} must be {allowed}, got {getattr(self, name)}."
-                )
+        )
 
 
 @dataclasses.dataclass

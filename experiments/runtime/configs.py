@@ -7,6 +7,8 @@ import typing
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+from experiments.runtime.errors import UserError
+
 T = TypeVar("T")
 
 
@@ -30,6 +32,24 @@ def differences(config: T, other: T) -> dict[str, tuple[Any, Any]]:
 def option(name: str) -> str:
     """The command-line option of a dotted name."""
     return f"--{name.replace('_', '-')}"
+
+
+def check_options(config: Any, group: str, *ranges: tuple[str, bool, str]) -> None:
+    """Refuses an option whose value is out of its range.
+
+    Args:
+      config: has the options.
+      group: what is before the options' names, as "train" in "--train.epochs".
+      ranges: for each option its name, whether its value is in its range, and which that is.
+
+    Raises:
+      UserError: one is out of its range.
+    """
+    for name, within, allowed in ranges:
+        if not within:
+            value = getattr(config, name)
+            shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            raise UserError(f"{option(f'{group}.{name}')} must be {allowed}, got {shown}.")
 
 
 def shown(config: T, preset: T, name: str) -> str:

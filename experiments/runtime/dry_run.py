@@ -11,7 +11,6 @@ from importlib.metadata import version
 from typing import Any
 
 import jax
-from flax import linen as nn
 from jax.extend import core
 from rich.table import Table
 
@@ -20,7 +19,8 @@ from experiments.runtime import tpu
 from experiments.runtime.errors import UserError
 from experiments.runtime.mesh import make_mesh
 from experiments.runtime.recipes import Recipe
-from experiments.runtime.training import batch_shapes, program
+from experiments.runtime.task import Task
+from experiments.runtime.training import program
 
 # Collectives from this size on are large; batch norm's statistics are smaller.
 LARGE = 2**16
@@ -77,21 +77,19 @@ class Report:
 
 
 def compile_step(
-    model: nn.Module,
+    task: Task,
     recipe: Recipe,
     topology: str,
     *,
-    image_size: int,
     chip_batch: int | None = None,
     fsdp: int = 1,
 ) -> Report:
-    """Compiles a training step for all chips of a topology.
+    """Compiles a training step, that of the largest batches, for all chips of a topology.
 
     Args:
-      model: called as `model.apply(variables, images, train=...)`.
+      task: what is trained.
       recipe: how to train.
       topology: as "v5e:16x16" or "v5p:8x8x16".
-      image_size: pixels a side.
       chip_batch: images on a chip; None for the recipe's batch, or the next larger that divides.
       fsdp: chips that hold one copy of the parameters among them.
 
@@ -111,8 +109,8 @@ def compile_step(
     mesh = make_mesh(fsdp, devices)
     recipe = dataclasses.replace(recipe, batch_size=batch_of(recipe, mesh.size, chip_batch))
     # The number of steps is a constant of the schedule; it makes no difference to the rest.
-    built = program(model, recipe, mesh, image_size=image_size, steps_per_epoch=1000, flips=True)
-    batch = batch_shapes(recipe.batch_size, image_size, mesh)
+    built = program(task, recipe, mesh, steps_per_epoch=1000)
+    batch = max(built.batch_shapes, key=lambda shapes: sum(s.size for s in shapes.values()))
     traced = built.train_step.trace(built.state, batch)
     lowered = traced.lower(lowering_platforms=("tpu",))
     start = time.perf_counter()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
-from jaxtyping import Num, UInt8
+from jaxtyping import Float, Num, UInt8
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from experiments.runtime.errors import reason
@@ -111,6 +111,11 @@ def pad_crop_flip(
         mirrored = jax.random.bernoulli(flip_key, shape=(batch, 1, 1, 1))
         images = jax.numpy.where(mirrored, images[:, :, ::-1], images)
     return images
+
+
+def normalize(images: UInt8[jax.Array, ...]) -> Float[jax.Array, ...]:
+    """uint8 pixels to about zero mean and unit variance."""
+    return (images.astype(jax.numpy.float32) - 127.5) / 64.0
 
 
 def _cut_out(content: bytes, size: int, box_of: Callable[[int, int], _Box]) -> Pixels:

@@ -1,4 +1,4 @@
-"""The training loop of a classifier."""
+"""The training loop, whatever the task."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from signal import SIGINT, SIGTERM, Signals
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import numpy as np
-from flax import linen as nn
 from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,10 +25,9 @@ from experiments.runtime.checkpoints import CheckpointConfig, Checkpoints
 from experiments.runtime.errors import DataLost, Preempted, UserError
 from experiments.runtime.files import write_text
 from experiments.runtime.metrics import Metrics, Row
-from experiments.runtime.pipeline import Batch, Loading, Pipeline
 from experiments.runtime.recipes import Recipe
-from experiments.runtime.sources import Dataset, Split
-from experiments.runtime.training import Program, Results, TrainState, program
+from experiments.runtime.task import DeviceBatch, Feed, HostBatch, Named, Task
+from experiments.runtime.training import Program, Scalars, TrainState, program
 
 T = TypeVar("T")
 
@@ -37,6 +35,10 @@ T = TypeVar("T")
 _CURVE_EVERY = 20
 # Broken images that are named as they are met; all of them are in the run's report.
 _SHOWN_SKIPPED = 5
+# What a progress line of 80 columns has room for besides the epoch, the bar and the time.
+_SHOWN_WIDTH = 44
+# Of a step's scalars, those that no epoch's mean is taken of.
+_NOT_AVERAGED = ("gradient_norm", "learning_rate")
 
 
 @dataclasses.dataclass
@@ -46,14 +48,27 @@ class Record:
     Attributes:
       rows: the metrics of the epochs that are done.
       steps: steps taken in the epoch under way.
-      loss, accuracy, seconds: sums over these steps.
+      sums: over these steps, of the loss and of the task's other scalars.
+      seconds: that they took.
     """
 
     rows: list[Row] = dataclasses.field(default_factory=list)
     steps: int = 0
-    loss: float = 0.0
-    accuracy: float = 0.0
+    sums: dict[str, float] = dataclasses.field(default_factory=dict)
     seconds: float = 0.0
+
+    @classmethod
+    def from_json(cls, saved: Mapping[str, Any]) -> Record:
+        """What `dataclasses.asdict` and JSON made of a record; older versions had two sums only."""
+        fields = dict(saved)
+        if "sums" not in fields:
+            fields["sums"] = {name: fields.pop(name) for name in ("loss", "accuracy")}
+        return cls(**fields)
+
+    @property
+    def means(self) -> dict[str, float]:
+        """Of the loss, and of the task's other scalars, over the steps."""
+        return {name: total / self.steps for name, total in self.sums.items()}
 
 
 class Trained(NamedTuple):
@@ -70,31 +85,14 @@ class Trained(NamedTuple):
     skipped: list[str]
 
 
-def steps_per_epoch(dataset: Dataset, recipe: Recipe) -> int:
-    """Full batches in the training split.
-
-    Raises:
-      UserError: there is none.
-    """
-    images = len(dataset.train)
-    if recipe.batch_size > images:
-        raise UserError(
-            f"--train.batch-size must be at most the {images} training images, got "
-            f"{recipe.batch_size}."
-        )
-    return images // recipe.batch_size
-
-
 def train(
-    model: nn.Module,
-    dataset: Dataset,
+    task: Task,
+    feed: Feed,
     recipe: Recipe,
     run_dir: pathlib.Path,
     *,
     mesh: Mesh,
-    image_size: int,
     checkpoint: CheckpointConfig = CheckpointConfig(),
-    loading: Loading = Loading(),
 ) -> Trained:
     """Trains from where the run's folder stands, and evaluates after every epoch.
 
@@ -102,14 +100,12 @@ def train(
     never been stopped. Of several processes, each calls this with a folder that all of them see.
 
     Args:
-      model: called as `model.apply(variables, images, train=...)`.
-      dataset: the data.
+      task: what is trained.
+      feed: its batches.
       recipe: how to train.
       run_dir: where checkpoints, `metrics.jsonl` and `tensorboard/` are kept.
       mesh: where to train.
-      image_size: pixels a side.
       checkpoint: when to save.
-      loading: how images come from a disk.
 
     Raises:
       UserError: the batch does not fit the data or the devices, the loss is not finite, no
@@ -117,50 +113,34 @@ def train(
       Preempted: SIGTERM or Ctrl-C came once steps were being taken.
     """
     meshes.check_batch(recipe.batch_size, mesh, recipe.accumulate)
-    steps = steps_per_epoch(dataset, recipe)
-    if meshes.leads():
-        print(
-            f"global batch {recipe.batch_size:,} on {mesh.size:,} devices of {jax.process_count()} "
-            f"processes, {recipe.batch_size // mesh.size:,} on each"
-        )
-    flips = dataset.flips if recipe.mirror == "auto" else recipe.mirror == "yes"
-    compiled = program(
-        model,
-        recipe,
-        mesh,
-        image_size=image_size,
-        steps_per_epoch=steps,
-        flips=flips,
-    )
-    data = Pipeline(
-        recipe.batch_size,
-        jax.process_index(),
-        jax.process_count(),
-        image_size,
-        recipe.augment,
-        flips,
-        recipe.seed,
-        loading,
-    )
-    return _Run(compiled, dataset, data, recipe, run_dir, steps, checkpoint).finish()
+    compiled = program(task, recipe, mesh, steps_per_epoch=feed.steps_per_epoch)
+    run = _Run(task, feed, recipe, run_dir, compiled, checkpoint)
+    with run.under_way():
+        while run.epochs_done < recipe.epochs:
+            for batch, arrays in run.batches_left():
+                run.state, results = compiled.steps.train(run.state, arrays)
+                run.took_step(batch, results)
+            metrics = run.evaluate(run.state.variables)
+            average = run.evaluate(run.state.average) if recipe.ema else {}
+            run.end_epoch(metrics, average)
+    skipped = meshes.strings_of_all_processes(list(run.skipped.values()))
+    return Trained(run.state, run.record.rows[-1], skipped)
 
 
 class _Run:
-    """A run under way. All processes take the same turns at the same step."""
+    """A run under way: all around its steps. All processes take the same turns at the same step."""
 
     def __init__(
         self,
-        compiled: Program,
-        dataset: Dataset,
-        data: Pipeline,
+        task: Task,
+        feed: Feed,
         recipe: Recipe,
         run_dir: pathlib.Path,
-        steps_per_epoch: int,
+        compiled: Program,
         checkpoint: CheckpointConfig,
     ):
-        self.compiled, self.dataset, self.data, self.recipe = compiled, dataset, data, recipe
-        self.run_dir, self.steps_per_epoch = run_dir, steps_per_epoch
-        self.checkpoint = checkpoint
+        self.task, self.feed, self.recipe, self.run_dir = task, feed, recipe, run_dir
+        self.compiled, self.checkpoint = compiled, checkpoint
         self.stopped_by: Callable[[], Signals | None] = lambda: None
         self.skipped: dict[str, str] = {}
         self.requests = meshes.Requests(compiled.mesh)
@@ -169,171 +149,173 @@ class _Run:
         if restored is None:
             self.state, self.record = compiled.init(), Record()
         else:
-            self.state, self.record = restored[0], Record(**restored[1])
+            self.state, self.record = restored[0], Record.from_json(restored[1])
         self.step = int(self.state.step)
-        self.batches = self._placed(dataset.train, data.training(dataset.train, self.step))
+        self.unsettled: tuple[int, Scalars, HostBatch] | None = None
+        self.batches = self._placed(feed.train, feed.training(self.step))
         self.saved, self.mark = time.monotonic(), time.perf_counter()
         lead = meshes.leads()
         self.metrics = Metrics(run_dir, self.record.rows, self.step) if lead else None
         self.progress = _progress(Console(quiet=not lead, markup=False, emoji=False))
-        self.task = self.progress.add_task(
-            "", total=recipe.epochs * steps_per_epoch, completed=self.step, shown=""
+        self.line = self.progress.add_task(
+            "", total=recipe.epochs * feed.steps_per_epoch, completed=self.step, shown=""
+        )
+        devices, processes = compiled.mesh.size, jax.process_count()
+        self.progress.console.print(
+            f"global batch {recipe.batch_size:,} on {devices:,} devices of {processes} "
+            f"processes, {recipe.batch_size // devices:,} on each",
+            soft_wrap=True,
         )
         if restored is not None:
             self.progress.console.print(f"going on from step {self.step}")
 
-    def finish(self) -> Trained:
-        """Trains to the end."""
+    @property
+    def epochs_done(self) -> int:
+        """Those that are trained and evaluated."""
+        return len(self.record.rows)
+
+    @contextlib.contextmanager
+    def under_way(self) -> Iterator[None]:
+        """Surrounds the loop: compiles, shows progress, and takes note of signals."""
         metrics = self.metrics or contextlib.nullcontext()
         with self.progress, metrics, contextlib.closing(self.batches):
-            if len(self.record.rows) < self.recipe.epochs:
+            if self.epochs_done < self.recipe.epochs:
                 self._compile()
             with preemption.noticed() as self.stopped_by:
-                while len(self.record.rows) < self.recipe.epochs:
-                    self._train_epoch()
-                    try:
-                        self._end_epoch()
-                    except DataLost as error:  # the epoch's steps are saved
-                        self._leave_without_data(error)
+                yield
         self.checkpoints.close()
-        skipped = meshes.strings_of_all_processes(list(self.skipped.values()))
-        return Trained(self.state, self.record.rows[-1], skipped)
+
+    def batches_left(self) -> Iterator[tuple[HostBatch, DeviceBatch]]:
+        """The batches that are left of the epoch."""
+        first = self.record.steps
+        for number in range(first, self.feed.steps_per_epoch):
+            try:
+                batch = next(self.batches)
+            except DataLost as error:
+                self._settle()
+                self._leave_without_data(error)
+            if number == first:  # what it takes to start reading is not the speed of training
+                self.mark = time.perf_counter()
+            yield batch
+        self._settle()
+
+    def took_step(self, batch: HostBatch, results: Scalars) -> None:
+        """Takes note of a step that was dispatched; saves, and ends the run, where that is due."""
+        self.step += 1
+        stop, save = self._requests(self._overdue())
+        self._settle()  # the step before, so that the device is never waited for
+        self.unsettled = self.step, results, batch
+        every = self.checkpoint.every_steps
+        ends_epoch = self.step % self.feed.steps_per_epoch == 0  # evaluated, and saved, next
+        due = not ends_epoch and (save or (every and self.step % every == 0))
+        if stop or due:
+            self._settle()
+            self._save()
+        if stop:
+            self._leave(stop)
+
+    def evaluate(self, variables: Any) -> Row:
+        """Metrics over the whole held-out split."""
+        evaluation, step = self.task.evaluation(), self.compiled.steps.evaluate
+        on_host = jax.device_get if self.task.reduces else meshes.own_share
+        placed = self._placed(self.feed.test, self.feed.evaluation())
+        dispatched = ((batch, step(variables, arrays)) for batch, arrays in placed)
+        try:
+            for batch, results in _one_behind(dispatched):
+                evaluation.add(batch, on_host(results))
+                stop, _ = self._requests(False)
+                if stop:  # the epoch's steps are saved, and evaluation begins anew
+                    self._save()
+                    self._leave(stop)
+            return evaluation.row()
+        except DataLost as error:  # the epoch's steps are saved
+            self._leave_without_data(error)
+
+    def end_epoch(self, metrics: Row, average: Row) -> None:
+        """Writes down the epoch's metrics, those of the average too, and saves."""
+        best, means = self.task.best, self.record.means
+        numbers = {n: value for n, value in average.items() if not isinstance(value, Mapping)}
+        row: Row = {
+            "epoch": self.epochs_done + 1,
+            "step": self.step,
+            **{f"train_{name}": mean for name, mean in means.items()},
+            "images_per_second": self._speed(),
+            **metrics,
+            **{f"average_{name}": value for name, value in numbers.items()},
+        }
+        self.record = Record(rows=[*self.record.rows, row])
+        if self.metrics:
+            self.metrics.epoch(row)
+        self._save(average.get(best, metrics[best]))
+        average_shown = f"  average {average[best]:.4f}" if average else ""
+        self.progress.console.print(
+            f"epoch {row['epoch']:3d}  {'  '.join(_columns(means))}  "
+            f"{best.replace('_', ' ')} {metrics[best]:.4f}{average_shown}  "
+            f"{row['images_per_second']:,.0f} images/s",
+            soft_wrap=True,
+        )
+        used = row.get("regions", {})
+        for layer in regions.collapsed(used):
+            self.progress.console.print(
+                f"warning: the guide of {layer} has collapsed: one of its "
+                f"{used[layer]['of']} regions is in use",
+                soft_wrap=True,
+            )
 
     def _compile(self) -> None:
         """Compiles the steps before the first is taken, so that no step's time has it in it."""
-        self.progress.update(self.task, description="compiling")
+        self.progress.update(self.line, description="compiling")
         self.progress.console.print("compiling the training step and the evaluation")
-        self.train_step, self.eval_step = self.compiled.steps
+        _ = self.compiled.steps
         self._requests(False)
         self.requests.forget()
 
     def _placed(
-        self, split: Split, batches: Iterator[Batch]
-    ) -> Generator[tuple[np.ndarray, dict[str, jax.Array]], None, None]:
-        """Each batch's indices, and the batch on the devices, where the next is on its way too."""
+        self, split: Named, batches: Iterator[HostBatch]
+    ) -> Generator[tuple[HostBatch, DeviceBatch], None, None]:
+        """Each batch here and on the devices, where the next is on its way too."""
 
-        def place(batch: Batch) -> tuple[np.ndarray, dict[str, jax.Array]]:
-            for index, why in batch["broken"].items():
+        def place(batch: HostBatch) -> tuple[HostBatch, DeviceBatch]:
+            for index, why in batch.broken.items():
                 self._skip(split, index, why)
-            arrays = {"image": batch["image"], "label": batch["label"]}
-            return batch["index"], meshes.on_devices(arrays, self.compiled.mesh)
+            return batch, meshes.on_devices(batch.arrays, self.compiled.mesh)
 
         return _one_behind(map(place, batches))
 
-    def _skip(self, split: Split, index: int, why: str) -> None:
+    def _skip(self, split: Named, index: int, why: str) -> None:
         name = split.name_of(index)
         if name not in self.skipped:
             self.skipped[name] = f"{name}: {why}"
             if len(self.skipped) <= _SHOWN_SKIPPED:
                 print(f"skipped {self.skipped[name]}", file=sys.stderr)
 
-    def _train_epoch(self) -> None:
-        """Takes the steps that are left of the epoch."""
-        pending: tuple[int, Results, np.ndarray] | None = None
-        first = self.record.steps + 1
-        for number in range(first, self.steps_per_epoch + 1):
-            try:
-                index, batch = next(self.batches)
-            except DataLost as error:
-                if pending:
-                    self._settle(*pending)
-                self._leave_without_data(error)
-            if number == first:  # what it takes to start reading is not the speed of training
-                self.mark = time.perf_counter()
-            self.state, results = self.train_step(self.state, batch)
-            self.step += 1
-            stop, save = self._requests(self._overdue())
-            if pending:  # one step behind, so that the device is never waited for
-                self._settle(*pending)
-            pending = self.step, results, index
-            every = self.checkpoint.every_steps
-            due = number < self.steps_per_epoch and (save or (every and self.step % every == 0))
-            if stop or due:
-                self._settle(*pending)
-                pending = None
-                self._save()
-            if stop:
-                self._leave(stop)
-        if pending:
-            self._settle(*pending)
-
-    def _settle(self, step: int, results: Results, index: np.ndarray) -> None:
-        """Takes note of a step's results.
+    def _settle(self) -> None:
+        """Takes note of the results of the step that was taken last, if that is not done yet.
 
         Raises:
           UserError: they are not finite.
         """
+        if self.unsettled is None:
+            return
+        (step, results, batch), self.unsettled = self.unsettled, None
         values = {name: float(value) for name, value in jax.device_get(results).items()}
         if not math.isfinite(values["loss"] + values["gradient_norm"]):
-            self._refuse(step, values, index)
+            self._refuse(step, values, batch.index)
         now, record = time.perf_counter(), self.record
         record.seconds += now - self.mark
         self.mark = now
         record.steps += 1
-        record.loss += values["loss"]
-        record.accuracy += values["accuracy"]
+        for name in ("loss", *sorted(values.keys() - {"loss", *_NOT_AVERAGED})):
+            record.sums[name] = record.sums.get(name, 0.0) + values[name]
         if self.metrics and step % _CURVE_EVERY == 0:
             self.metrics.scalars(step, {"step": values})
         self.progress.update(
-            self.task,
+            self.line,
             advance=1,
-            description=f"epoch {len(record.rows) + 1}/{self.recipe.epochs}",
-            shown=_shown(record.loss / record.steps, record.accuracy / record.steps, self._speed()),
+            description=f"epoch {self.epochs_done + 1}/{self.recipe.epochs}",
+            shown=_shown(record.means, self._speed()),
         )
         self.checkpoints.check()
-
-    def _end_epoch(self) -> None:
-        record = self.record
-        scores = self._evaluate(self.state.variables)
-        row: Row = {
-            "epoch": len(record.rows) + 1,
-            "step": self.step,
-            "train_loss": record.loss / record.steps,
-            "train_accuracy": record.accuracy / record.steps,
-            "images_per_second": self._speed(),
-            **scores,
-        }
-        if self.state.average is not None:
-            average = self._evaluate(self.state.average)
-            row |= {f"average_{name}": average[name] for name in ("test_loss", "test_accuracy")}
-        best = row.get("average_test_accuracy", row["test_accuracy"])
-        self.record = Record(rows=[*record.rows, row])
-        if self.metrics:
-            self.metrics.epoch(row)
-        self._save(best)
-        average_shown = f"  average {best:.4f}" if self.state.average is not None else ""
-        self.progress.console.print(
-            f"epoch {row['epoch']:3d}  loss {row['train_loss']:.3f}  "
-            f"train {row['train_accuracy']:.3f}  test {row['test_accuracy']:.4f}{average_shown}  "
-            f"{row['images_per_second']:,.0f} images/s"
-        )
-        for layer in regions.collapsed(row["regions"]):
-            self.progress.console.print(
-                f"warning: the guide of {layer} has collapsed: one of its "
-                f"{row['regions'][layer]['of']} regions is in use",
-                soft_wrap=True,
-            )
-
-    def _evaluate(self, variables: dict[str, Any]) -> Row:
-        """Means over the whole held-out split, and how regions are used there."""
-        split = self.dataset.test
-        batches = self._placed(split, self.data.evaluation(split))
-        sums: Any = None
-        for results in _one_behind(self.eval_step(variables, b) for _, b in batches):
-            values = jax.tree.map(np.float64, jax.device_get(results))
-            sums = values if sums is None else jax.tree.map(np.add, sums, values)
-            stop, _ = self._requests(False)
-            if stop:  # the epoch's steps are saved, and evaluation begins anew
-                self._save()
-                self._leave(stop)
-        count = sums["count"]
-        if not count:
-            raise DataLost("none of the test images can be read")
-        return {
-            "test_loss": float(sums["loss"] / count),
-            "test_accuracy": float(sums["correct"] / count),
-            "regions": {layer: regions.use(n) for layer, n in sums["regions"].items()},
-        }
 
     def _save(self, score: float | None = None) -> None:
         newest = self.checkpoints.newest
@@ -378,15 +360,15 @@ class _Run:
     def _refuse(self, step: int, values: dict[str, float], index: np.ndarray) -> None:
         """Raises UserError about results that are not finite."""
         self.checkpoints.close()
-        split = self.dataset.train
-        names = [split.name_of(int(i)) for i in meshes.from_all_processes(index)]
+        split, places = self.feed.train, meshes.from_all_processes(index)
+        names = [split.name_of(int(place)) for place in places]
         report = self.run_dir / "non_finite.json"
         if meshes.leads():
             found = {"step": step, **values, "samples": names}
             write_text(report, json.dumps(found, indent=2) + "\n")
         raise UserError(
             f"the loss is {values['loss']} and its gradient's norm {values['gradient_norm']} at "
-            f"step {step} (epoch {len(self.record.rows) + 1}), on {', '.join(names[:3])} and the "
+            f"step {step} (epoch {self.epochs_done + 1}), on {', '.join(names[:3])} and the "
             f'others named in "{report}"; the last good checkpoint is '
             f"{self.checkpoints.newest or 'none'}; look at these samples, or lower "
             f"--train.learning-rate (now {self.recipe.learning_rate})."
@@ -409,8 +391,16 @@ def _one_behind(results: Iterable[T]) -> Generator[T, None, None]:
     yield from before
 
 
-def _shown(loss: float, accuracy: float, speed: float) -> str:
-    return f"loss {loss:.3f}  accuracy {accuracy:.3f}  {speed:,.0f} img/s"
+def _columns(means: Mapping[str, float]) -> list[str]:
+    return [f"{name} {mean:.3f}" for name, mean in means.items()]
+
+
+def _shown(means: Mapping[str, float], speed: float) -> str:
+    """The loss, and as many of the other means as a progress line has room for."""
+    columns, rate = _columns(means), f"{speed:,.0f} img/s"
+    while len("  ".join([*columns, rate])) > _SHOWN_WIDTH and len(columns) > 1:
+        columns.pop()
+    return "  ".join([*columns, rate])
 
 
 def _progress(console: Console) -> Progress:

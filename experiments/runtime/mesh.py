@@ -26,7 +26,7 @@ _SPLIT_FROM = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
-class Placement:
+class Cluster:
     """Where the training runs; no part of what is trained."""
 
     fsdp: int = 1
@@ -56,13 +56,13 @@ class Placement:
             )
 
 
-def join_processes(placement: Placement) -> None:
+def join_processes(cluster: Cluster) -> None:
     """Meets the other processes, if there are any; before anything is computed.
 
     JAX itself ends the process where the others cannot be met in five minutes.
     """
-    if placement.coordinator is not None:
-        jax.distributed.initialize(placement.coordinator, placement.processes, placement.process_id)
+    if cluster.coordinator is not None:
+        jax.distributed.initialize(cluster.coordinator, cluster.processes, cluster.process_id)
         return
     try:
         jax.distributed.initialize()
@@ -203,6 +203,16 @@ def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Arr
 def on_host(tree: Any, mesh: Mesh) -> Any:
     """The values of global arrays, on every process."""
     return jax.device_get(jax.jit(lambda tree: tree, out_shardings=whole(mesh))(tree))
+
+
+def own_share(tree: Any) -> Any:
+    """The values on this process's devices of arrays whose first axis is split over all devices."""
+
+    def rows(array: jax.Array) -> np.ndarray:
+        shards = sorted(array.addressable_shards, key=lambda shard: shard.index[0].start or 0)
+        return np.concatenate([shard.data for shard in shards])
+
+    return jax.tree.map(rows, tree)
 
 
 def from_all_processes(array: np.ndarray) -> np.ndarray:

@@ -1,43 +1,58 @@
-"""Batches of a split, each process's own share of them: a function of the seed and the step."""
+"""Reading samples of any kind into batches: a function of the seed and the step."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypedDict
+from typing import Any, Protocol
 
 import grain
 import numpy as np
 from absl import flags
+from jaxtyping import Bool, Int
 
-from experiments.runtime import images, preemption
+from experiments.runtime import preemption
 from experiments.runtime.errors import DataLost, UserError, reason
-from experiments.runtime.images import Pixels
-from experiments.runtime.recipes import Augment
-from experiments.runtime.sources import ArraySplit, EncodedSplit, Split
+from experiments.runtime.task import HostBatch, Named
 
 # Samples of a split that are tried in the place of one that cannot be read.
 _TRIED = 32
 # Images, of one batch or of several, of which half must be readable.
 _WATCHED = 16
 
+Arrays = dict[str, np.ndarray | np.generic]
+"""What is read of a sample."""
 
-class Batch(TypedDict):
-    """A process's share of a batch.
 
-    Images are uint8 of shape (share, size, size, 3). Of training, all are real images, and "index"
-    has the places in the split of those that were read. Of evaluation, what does not count has
-    label -1: an image that cannot be read, whose index is its place, and padding, with index -1.
-    """
+class TrainingSamples(Named, Protocol):
+    """What training reads, in any order, from any thread, and pickled for worker processes."""
 
-    image: np.ndarray
-    label: np.ndarray
-    index: np.ndarray
-    broken: dict[int, str]
-    """Samples that could not be read, and why."""
+    def read(self, index: int, generator: np.random.Generator) -> Arrays:
+        """A sample's arrays.
+
+        Args:
+          index: which sample.
+          generator: for augmentation, a function of the seed, the sample and the epoch.
+
+        Raises:
+          DataLost: it is not only this one that cannot be read.
+          Exception: this one cannot be read.
+        """
+
+    def stand_ins(self, index: int) -> Sequence[int]:
+        """Samples whose arrays have the shapes of this one's: one may have to take its place."""
+
+
+class HeldOutSamples(Named, Protocol):
+    """What evaluation reads, likewise."""
+
+    def read(self, index: int) -> Arrays:
+        """A sample's arrays; raises as that of `TrainingSamples`."""
+
+    def blank(self, index: int) -> Arrays:
+        """Arrays of the shapes of this sample's that do not count."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,114 +71,150 @@ class Loading:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline:
-    """What all batches of a run have in common.
+class Share:
+    """Which part of every batch is this process's.
 
     Attributes:
-      global_batch_size: samples in a batch of all processes.
-      process_index, process_count: which share of them is this process's.
-      image_size: pixels a side.
-      augment: how images are augmented; the host's part of it is "resized-crop".
-      flips: whether an image's mirror image is as good as the image.
-      seed: of order and augmentation.
-      loading: how images come from a disk.
+      batch_size: samples in a batch of all processes.
+      process, processes: which of them this is, from 0, and how many there are.
     """
 
-    global_batch_size: int
-    process_index: int
-    process_count: int
-    image_size: int
-    augment: Augment
-    flips: bool
-    seed: int
-    loading: Loading = Loading()
+    batch_size: int
+    process: int = 0
+    processes: int = 1
 
     @property
-    def share(self) -> int:
+    def size(self) -> int:
         """Samples in a batch of this process."""
-        return self.global_batch_size // self.process_count
+        return self.batch_size // self.processes
 
-    def training(self, split: Split, step: int) -> Iterator[Batch]:
-        """Endless full batches from a step on, in an order drawn anew for every epoch.
+    def of(self, batch: np.ndarray) -> np.ndarray:
+        """This process's part of a batch, where the parts lie one behind the other.
 
-        No sample is twice in an epoch, but where one cannot be read: in its place is another, drawn
-        by the seed and the sample, that can be. A batch has the same samples for any number of
-        processes.
-
-        Raises:
-          DataLost: the data cannot be read any more, or not most of it; see `_while_readable`.
+        Args:
+          batch: what there is of each sample, along the last axis.
         """
-        if isinstance(split, ArraySplit):
-            return self._training_arrays(split, step)
-        return self._training_encoded(split, step)
+        return batch[..., self.process * self.size : (self.process + 1) * self.size]
 
-    def evaluation(self, split: Split) -> Iterator[Batch]:
-        """Batches that have every sample once, and padding behind the last.
 
-        Raises:
-          DataLost: the data cannot be read any more, or not most of it; see `_while_readable`.
-        """
-        count = -(-len(split) // self.global_batch_size) * self.global_batch_size
-        index = np.arange(count).reshape(-1, self.process_count, self.share)[:, self.process_index]
-        if isinstance(split, ArraySplit):
-            return self._evaluation_arrays(split, index)
-        dataset = grain.MapDataset.source(index.ravel())
-        return self._iterate(split, dataset.map(functools.partial(_held_out, split, self)))
+class OrderByEpoch(grain.MapDataset[int]):
+    """The samples of one epoch behind the other, for `training`.
 
-    def _training_arrays(self, split: ArraySplit, step: int) -> Iterator[Batch]:
-        steps, start = len(split) // self.global_batch_size, self.process_index * self.share
-        for epoch in itertools.count(step // steps):
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(split))
-            for batch in range(step % steps, steps):
-                at = batch * self.global_batch_size + start
-                index = order[at : at + self.share]
-                yield Batch(
-                    image=split.images[index], label=split.labels[index], index=index, broken={}
-                )
-            step = 0
+    Args:
+      length: samples in an epoch.
+      order: gives an epoch's samples, in their order, by its number; it is pickled.
+    """
 
-    def _evaluation_arrays(self, split: ArraySplit, indices: np.ndarray) -> Iterator[Batch]:
-        for index in indices:
-            real = index < len(split)
-            index = np.where(real, index, -1)
-            labels = np.where(real, split.labels[index], -1).astype(np.int32)
-            yield Batch(image=split.images[index], label=labels, index=index, broken={})
+    def __init__(self, length: int, order: Callable[[int], Int[np.ndarray, length]]):
+        super().__init__()
+        self._length, self._order = length, order
+        self._last = -1, np.empty(0, np.int64)  # the epoch that was last asked for
 
-    def _training_encoded(self, split: EncodedSplit, step: int) -> Iterator[Batch]:
-        steps = len(split) // self.global_batch_size
-        dataset = grain.MapDataset.range(len(split)).seed(self.seed).shuffle()
-        dataset = dataset.random_map(functools.partial(_drawn, split, self))
-        dataset = dataset[: steps * self.global_batch_size].repeat()
-        # The processes' shares of a batch are the batch; they are interleaved in it.
-        dataset = dataset[self.process_index :: self.process_count]
-        return self._iterate(split, dataset[step * self.share :])
+    def __len__(self) -> int:
+        return self._length
 
-    def _iterate(self, split: EncodedSplit, dataset: grain.MapDataset[Any]) -> Iterator[Batch]:
-        """Batches of a data set of `_Element`s; the processes that read them end with it."""
-        loading = self.loading
-        batches = dataset.batch(self.share, batch_fn=_stacked).to_iter_dataset(
-            grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
-            if loading.workers
-            else grain.ReadOptions(loading.threads, loading.threads)
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        epoch, place = divmod(index, self._length)
+        last, samples = self._last
+        if epoch != last:
+            samples = self._order(epoch)
+            self._last = epoch, samples
+        return int(samples[place])
+
+
+def training(
+    samples: TrainingSamples,
+    order: grain.MapDataset[int],
+    seed: int,
+    step: int,
+    share: Share,
+    loading: Loading = Loading(),
+) -> Iterator[HostBatch]:
+    """Endless full batches from a step on, of which each process reads its share.
+
+    In the place of a sample that cannot be read is another, drawn by the seed and the sample from
+    its stand-ins, that can be. A batch has the same samples for any number of processes.
+
+    Args:
+      samples: what to read.
+      order: the samples by their place in an epoch, and beyond its length in the epochs that
+        follow; what is more than whole batches is left out of each. Its seed (`MapDataset.seed`)
+        is that of augmentation.
+      seed: of the stand-ins.
+      step: where to begin.
+      share: of a batch.
+      loading: how samples come from a disk.
+
+    Raises:
+      DataLost: the data cannot be read any more, or not most of it; see `_while_readable`.
+    """
+    steps = len(order) // share.batch_size
+    dataset = order.random_map(functools.partial(_drawn, samples, seed))
+    dataset = dataset[: steps * share.batch_size].repeat()
+    # The processes' shares of a batch are the batch; they are interleaved in it.
+    dataset = dataset[share.process :: share.processes]
+    return _batches(samples, dataset[step * share.size :], share, loading)
+
+
+def evaluation(
+    samples: HeldOutSamples,
+    places: Int[np.ndarray, "batches batch_size"],
+    real: Bool[np.ndarray, "batches batch_size"],
+    share: Share,
+    loading: Loading = Loading(),
+) -> Iterator[HostBatch]:
+    """Batches for evaluation, of which each process reads its share.
+
+    Args:
+      samples: what to read.
+      places: the samples of each batch, all of the same shapes.
+      real: where these stand for themselves; elsewhere is padding of their shapes.
+      share: of a batch.
+      loading: how samples come from a disk.
+
+    Raises:
+      DataLost: the data cannot be read any more, or not most of it; see `_while_readable`.
+    """
+    chosen = np.stack([share.of(places).ravel(), share.of(real).ravel()], axis=-1)
+    dataset = grain.MapDataset.source(chosen).map(functools.partial(_held_out, samples))
+    return _batches(samples, dataset, share, loading)
+
+
+def padded(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """All samples in their order, as `places` and `real` of `evaluation`."""
+    index = np.arange(-(-count // batch_size) * batch_size).reshape(-1, batch_size)
+    return np.minimum(index, count - 1), index < count
+
+
+def _batches(
+    samples: Named, dataset: grain.MapDataset[_Element], share: Share, loading: Loading
+) -> Iterator[HostBatch]:
+    """Batches of a data set; the processes that read them end with it."""
+    batches = dataset.batch(share.size, batch_fn=_stacked).to_iter_dataset(
+        grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+        if loading.workers
+        else grain.ReadOptions(loading.threads, loading.threads)
+    )
+    if loading.workers:
+        flags.FLAGS.mark_as_parsed()  # grain asks for its own, which have their defaults
+        # Workers send arrays through pipes: shared memory would outlive a run that is killed.
+        options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+        batches = grain.experimental.WithOptionsIterDataset(batches, options)
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(loading.workers), preemption.end_with_parent
         )
-        if loading.workers:
-            flags.FLAGS.mark_as_parsed()  # grain asks for its own, which have their defaults
-            # Workers send arrays through pipes: shared memory would outlive a run that is killed.
-            options = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-            batches = grain.experimental.WithOptionsIterDataset(batches, options)
-            batches = batches.mp_prefetch(
-                grain.MultiprocessingOptions(loading.workers), preemption.end_with_parent
-            )
-        iterator = iter(batches)
-        try:
-            started = _started_apart(iterator) if loading.workers else iterator
-            yield from _while_readable(split, started)
-        except RuntimeError as error:  # grain's; what is raised in reading is caught there
-            if not loading.workers:
-                raise
-            raise DataLost(f"a process that reads images has ended: {reason(error)}") from None
-        finally:
-            iterator.close()
+    iterator = iter(batches)
+    try:
+        started = _started_apart(iterator) if loading.workers else iterator
+        yield from _while_readable(samples, started)
+    except RuntimeError as error:  # grain's; what is raised in reading is caught there
+        if not loading.workers:
+            raise
+        raise DataLost(f"a process that reads images has ended: {reason(error)}") from None
+    finally:
+        iterator.close()
 
 
 def _started_apart(batches: Iterator[Any]) -> Iterator[Any]:
@@ -174,7 +225,7 @@ def _started_apart(batches: Iterator[Any]) -> Iterator[Any]:
     yield from batches
 
 
-def _while_readable(split: EncodedSplit, batches: Iterable[dict[str, Any]]) -> Iterator[Batch]:
+def _while_readable(samples: Named, batches: Iterable[dict[str, Any]]) -> Iterator[HostBatch]:
     """Batches of `_stacked`, without what they tell for this function.
 
     Raises:
@@ -189,23 +240,18 @@ def _while_readable(split: EncodedSplit, batches: Iterable[dict[str, Any]]) -> I
             index, why = next(iter(bad.items()))
             raise DataLost(
                 f"{len(bad)} of {len(bad) + good} images in a row cannot be read, as "
-                f"{split.name_of(index)}: {why}"
+                f"{samples.name_of(index)}: {why}"
             )
 
     for batch in batches:
         if batch["lost"]:
             raise DataLost(batch["lost"])
-        good += int((batch["label"] >= 0).sum())
+        good += batch["good"]
         bad |= batch["broken"]
         if good + len(bad) >= _WATCHED:
             check()
             good, bad = 0, {}
-        yield Batch(
-            image=batch["image"],
-            label=batch["label"],
-            index=batch["index"],
-            broken=batch["broken"],
-        )
+        yield HostBatch(batch["arrays"], batch["index"], batch["broken"])
     if len(bad) >= 4:
         check()
 
@@ -215,75 +261,64 @@ class _Element:
     """One place in a batch.
 
     Attributes:
-      image, label, index: see `Batch`.
+      arrays: of a sample; empty where the data is lost.
+      index: see `HostBatch`.
+      good: whether the arrays are those of a sample that was read.
       broken: the samples that were tried for it and cannot be read, and why.
       lost: why the data cannot be read any more, if it cannot.
     """
 
-    image: Pixels
-    label: int
+    arrays: Arrays
     index: int
-    broken: dict[int, str]
+    good: bool
+    broken: dict[int, str] = dataclasses.field(default_factory=dict)
     lost: str | None = None
 
 
 def _drawn(
-    split: EncodedSplit, pipeline: Pipeline, index: int, generator: np.random.Generator
+    samples: TrainingSamples, seed: int, index: int, generator: np.random.Generator
 ) -> _Element:
     """A sample of the training split, or one in its place, augmented."""
-    size = pipeline.image_size
-
-    def decode(content: bytes) -> Pixels:
-        if pipeline.augment == "resized-crop":
-            return images.random_resized_crop(content, size, generator, flip=pipeline.flips)
-        return images.squashed(content, size)
 
     def candidates() -> Iterator[int]:
         yield index
-        others = np.random.default_rng((pipeline.seed, index))
-        yield from others.integers(len(split), size=_TRIED).tolist()
+        others, chosen = samples.stand_ins(index), np.random.default_rng((seed, index))
+        yield from (others[i] for i in chosen.integers(len(others), size=_TRIED))
 
-    element = _first_readable(split, candidates(), decode, size)
-    if element.label < 0 and element.lost is None:
-        broken, why = next(iter(element.broken.items()))
-        lost = f"none of {_TRIED} images drawn can be read, as {split.name_of(broken)}: {why}"
-        return dataclasses.replace(element, lost=lost)
-    return element
-
-
-def _held_out(split: EncodedSplit, pipeline: Pipeline, index: int) -> _Element:
-    """A sample of the held-out split, or padding."""
-    size = pipeline.image_size
-    decode = images.centre_crop if pipeline.augment == "resized-crop" else images.squashed
-    real = [index] if index < len(split) else []
-    element = _first_readable(split, real, lambda content: decode(content, size), size)
-    return dataclasses.replace(element, index=index if real else -1)
-
-
-def _first_readable(
-    split: EncodedSplit, candidates: Iterable[int], decode: Callable[[bytes], Pixels], size: int
-) -> _Element:
-    """The first of some samples that can be read, or a black image where there is none."""
     broken: dict[int, str] = {}
-    lost = None
-    for index in candidates:
+    for candidate in map(int, candidates()):
         try:
-            sample = split[index]
-            return _Element(decode(sample.content), sample.label, index, broken)
+            return _Element(samples.read(candidate, generator), candidate, True, broken)
         except DataLost as error:
-            lost = str(error)
-            break
+            return _Element({}, -1, False, broken, lost=str(error))
         except Exception as error:  # of any kind: one broken image never stops a run
-            broken[index] = reason(error)
-    return _Element(np.zeros((size, size, 3), np.uint8), -1, -1, broken, lost)
+            broken[candidate] = reason(error)
+    first, why = next(iter(broken.items()))
+    lost = f"none of {_TRIED} images drawn can be read, as {samples.name_of(first)}: {why}"
+    return _Element({}, -1, False, broken, lost)
+
+
+def _held_out(samples: HeldOutSamples, chosen: Int[np.ndarray, " 2"]) -> _Element:
+    """A sample of the held-out split, or padding, by its place and whether it is a real one."""
+    index, real = map(int, chosen)
+    if not real:
+        return _Element(samples.blank(index), -1, False)
+    try:
+        return _Element(samples.read(index), index, True)
+    except DataLost as error:
+        return _Element({}, index, False, lost=str(error))
+    except Exception as error:  # of any kind: one broken image never stops a run
+        return _Element(samples.blank(index), index, False, {index: reason(error)})
 
 
 def _stacked(elements: Sequence[_Element]) -> dict[str, Any]:
-    """A `Batch`, and why the data is "lost", or None."""
+    """A `HostBatch`'s fields, how many are "good", and why the data is "lost", or None."""
+    lost = next((element.lost for element in elements if element.lost), None)
+    names = () if lost else elements[0].arrays
     return {
-        "image": np.stack([element.image for element in elements]),
-        "label": np.array([element.label for element in elements], np.int32),
+        "arrays": {name: np.stack([e.arrays[name] for e in elements]) for name in names},
         "index": np.array([element.index for element in elements], np.int64),
         "broken": {index: why for element in elements for index, why in element.broken.items()},
-        "lost": next((element.lost for element in elements if element.lost), None),
+        "good": sum(element.good for element in elements),
+        "lost": lost,
     }

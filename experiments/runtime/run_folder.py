@@ -1,8 +1,9 @@
-"""A run's folder: used by one run at a time, and with a record of the data that it trains on."""
+"""A run's folder: used by one run at a time, with its options and a record of its data."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import itertools
 import json
@@ -11,18 +12,21 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
 
 import filelock
 
+from experiments.runtime import configs
 from experiments.runtime.errors import UserError
 from experiments.runtime.files import write_text
 
+T = TypeVar("T")
 Facts = Mapping[str, str | int]
 
 # One is the system's lock, which ends with its process; the other says whose it is, and is renewed
 # by a thread, for other hosts, whose system may know nothing of this one's locks.
 _LOCK, _HOLDER = ".lock", ".holder"
-_DATA = "data.json"
+_CONFIG, _DATA = "config.json", "data.json"
 # Seconds without renewal after which the holder on another host is taken to be dead.
 _SILENCE = 60.0
 _NO_LOCKS_HERE = {errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP}
@@ -64,6 +68,43 @@ def held(folder: pathlib.Path, option: str, *, new: bool = False) -> Iterator[pa
             yield folder
         finally:
             _unmake(folder, made, locks)
+
+
+def write_config(folder: pathlib.Path, config: Any) -> None:
+    """Saves a run's options, a dataclass, in its folder.
+
+    Raises:
+      UserError: it cannot be written to.
+    """
+    try:
+        text = json.dumps(dataclasses.asdict(config), indent=2) + "\n"
+        write_text(folder / _CONFIG, text)
+    except OSError as error:
+        raise UserError(
+            f'--run-dir: "{folder}" cannot be written to: {error.strerror or error}.'
+        ) from None
+
+
+def read_config(kind: type[T], option: str, folder: pathlib.Path) -> T:
+    """The options of the run in a folder.
+
+    Args:
+      kind: their dataclass.
+      option: that named the folder, for errors.
+      folder: the run's.
+
+    Raises:
+      UserError: there is no run, or not of this version.
+    """
+    path = folder / _CONFIG
+    if not path.exists():
+        raise UserError(f'{option}: there is no run in "{folder}" (no {_CONFIG}).')
+    try:
+        return configs.from_json(kind, json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f'{option}: "{path}" is not the config of a run of this version: {error}.'
+        ) from None
 
 
 def newest_step(folder: pathlib.Path) -> int:

@@ -19,9 +19,10 @@ import numpy as np
 import tyro
 from PIL import Image
 
+from experiments.classification.feed import LabelledImages
 from experiments.runtime import commands, data, images
 from experiments.runtime.errors import UserError
-from experiments.runtime.pipeline import Loading, Pipeline
+from experiments.runtime.pipeline import Loading, Share
 from experiments.runtime.sources import ArraySplit, EncodedSplit, Sample
 from experiments.runtime.sources.splits import digest_of
 
@@ -126,10 +127,9 @@ def _compare(contents: Sequence[bytes], arguments: Arguments) -> None:
 
 def _pipeline_rate(split: EncodedSplit, arguments: Arguments, workers: int) -> float:
     batch = min(64, len(split))
-    pipeline = Pipeline(
-        batch, 0, 1, arguments.image_size, "resized-crop", True, 0, Loading(workers)
-    )
-    batches = pipeline.training(split, 0)
+    size, loading = arguments.image_size, Loading(workers)
+    feed = LabelledImages(split, split, Share(batch), size, "resized-crop", True, 0, loading)
+    batches = feed.training(0)
     for _ in range(4):  # until the workers are there and what they hold ready is gone
         next(batches)
     count = 4 * arguments.rounds
