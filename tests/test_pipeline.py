@@ -90,7 +90,7 @@ def test_every_sample_once_for_any_number_of_processes(splits, processes):
     seen = []
     for shares, whole in zip(zip(*training, strict=True), alone, strict=True):
         indices = np.concatenate([share.index for share in shares])
-        assert sorted(indices) == sorted(whole.index)
+        assert indices.tolist() == whole.index.tolist()
         seen.append(indices)
         for share in shares:
             assert share.arrays["label"].tolist() == [int(i >= COUNT) for i in share.index]
@@ -150,7 +150,7 @@ def test_another_image_takes_the_place_of_a_broken_one(broken_tree, augment, wor
         parts = [feed(split, processes, i, augment, batch=14) for i in range(processes)]
         shares = [next(part.training(1)) for part in parts]  # going on with the second
         found = np.concatenate([share.index for share in shares])
-        assert sorted(found) == sorted(batches[1].index)
+        assert found.tolist() == batches[1].index.tolist()
         assert {k for share in shares for k in share.broken} == {broken}
 
 

@@ -135,7 +135,8 @@ def training(
     """Endless full batches from a step on, of which each process reads its share.
 
     In the place of a sample that cannot be read is another, drawn by the seed and the sample from
-    its stand-ins, that can be. A batch has the same samples for any number of processes.
+    its stand-ins, that can be. A batch has the same samples, in the same order, for any number of
+    processes.
 
     Args:
       samples: what to read.
@@ -153,9 +154,7 @@ def training(
     steps = len(order) // share.batch_size
     dataset = order.random_map(functools.partial(_drawn, samples, seed))
     dataset = dataset[: steps * share.batch_size].repeat()
-    # The processes' shares of a batch are the batch; they are interleaved in it.
-    dataset = dataset[share.process :: share.processes]
-    return _batches(samples, dataset[step * share.size :], share, loading)
+    return _batches(samples, _OwnShare(dataset, share)[step * share.size :], share, loading)
 
 
 def evaluation(
@@ -182,10 +181,30 @@ def evaluation(
     return _batches(samples, dataset, share, loading)
 
 
-def padded(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All samples in their order, as `places` and `real` of `evaluation`."""
+def padded(
+    count: int, batch_size: int
+) -> tuple[Int[np.ndarray, "batches batch_size"], Bool[np.ndarray, "batches batch_size"]]:
+    """So many samples in their order, as `places` and `real` of `evaluation`."""
     index = np.arange(-(-count // batch_size) * batch_size).reshape(-1, batch_size)
     return np.minimum(index, count - 1), index < count
+
+
+class _OwnShare(grain.MapDataset[Any]):
+    """This process's part of every batch in a data set of whole batches."""
+
+    def __init__(self, batches: grain.MapDataset[Any], share: Share):
+        super().__init__(batches)
+        self._batches, self._share = batches, share
+
+    def __len__(self) -> int:
+        return len(self._batches) // self._share.processes
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return self.slice(index)
+        batch, place = divmod(index, self._share.size)
+        start = batch * self._share.batch_size + self._share.process * self._share.size
+        return self._batches[start + place]
 
 
 def _batches(
