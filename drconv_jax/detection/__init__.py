@@ -2,6 +2,7 @@
 
 from drconv_jax.detection.anchors import Anchors
 from drconv_jax.detection.boxes import BoxCoder
+from drconv_jax.detection.images import normalize
 from drconv_jax.detection.masks import mask_targets, mask_targets_of_crops, paste_masks
 from drconv_jax.detection.matching import match, sample
 from drconv_jax.detection.nms import nms
@@ -26,6 +27,7 @@ __all__ = [
     "match",
     "multilevel_roi_align",
     "nms",
+    "normalize",
     "paste_masks",
     "roi_align",
     "sample",

@@ -39,7 +39,7 @@ def check_options(config: Any, group: str, *ranges: tuple[str, bool, str]) -> No
 
     Args:
       config: has the options.
-      group: what is before the options' names, as "train" in "--train.epochs".
+      group: what is before the options' names, as "train" in "--train.epochs"; "" for nothing.
       ranges: for each option its name, whether its value is in its range, and which that is.
 
     Raises:
@@ -49,7 +49,8 @@ def check_options(config: Any, group: str, *ranges: tuple[str, bool, str]) -> No
         if not within:
             value = getattr(config, name)
             shown = " ".join(map(str, value)) if isinstance(value, tuple) else value
-            raise UserError(f"{option(f'{group}.{name}')} must be {allowed}, got {shown}.")
+            dotted = f"{group}.{name}" if group else name
+            raise UserError(f"{option(dotted)} must be {allowed}, got {shown}.")
 
 
 def shown(config: T, preset: T, name: str) -> str:
