@@ -306,18 +306,17 @@ def test_roi_align_over_several_levels():
     np.testing.assert_array_equal(np.concatenate(levels), g["levels"])
 
     def pooled(maps):
-        return jnp.concatenate(
-            [
-                multilevel_roi_align(
-                    [m[i] for m in maps],
-                    boxes[i],
-                    levels[i],
-                    (config["output_size"],) * 2,
-                    spatial_scales=config["scales"],
-                )
-                for i in range(2)
-            ]
+        # A batch has as many boxes of every image: some are there twice.
+        count = max(map(len, boxes))
+        full = [jnp.resize(b, (count, 4)) for b in boxes]
+        y = multilevel_roi_align(
+            maps,
+            jnp.stack(full),
+            jnp.stack([levels_of(b, 4) for b in full]),
+            (config["output_size"],) * 2,
+            spatial_scales=config["scales"],
         )
+        return jnp.concatenate([y[i, : len(b)] for i, b in enumerate(boxes)])
 
     y, gradients = jax.jit(functools.partial(with_gradient, pooled))(maps, g["cotangent"])
     assert_near(y, g["y"], 1e-5)

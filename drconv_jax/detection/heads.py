@@ -108,8 +108,9 @@ class _Enlarged(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape)
         bias = self.param("bias", nn.initializers.zeros, (self.features,))
         x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=self.dtype)
-        n, height, width, _ = x.shape
-        y = jnp.einsum("nhwc,abcf->nhawbf", x, kernel)
+        n, height, width, channels = x.shape
+        y = x.reshape(-1, channels) @ kernel.transpose(2, 0, 1, 3).reshape(channels, -1)
+        y = y.reshape(n, height, width, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
         return y.reshape(n, 2 * height, 2 * width, -1) + bias[None, None, None]
 
 

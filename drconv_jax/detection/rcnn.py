@@ -307,14 +307,9 @@ class FasterRCNN(nn.Module):
     ) -> Float[Array, "batch n size size channels"]:
         """The pyramid's features of boxes; its last level has proposals only."""
         maps = maps[: len(self.strides)]
-
-        def align(maps: Any, boxes: Array) -> Array:
-            levels = levels_of(boxes, len(maps), finest=self.strides[0].bit_length() - 1)
-            return multilevel_roi_align(
-                maps, boxes, levels, (size, size), spatial_scales=[1 / s for s in self.strides]
-            )
-
-        return jax.vmap(align)(maps, boxes)
+        levels = levels_of(boxes, len(maps), finest=self.strides[0].bit_length() - 1)
+        scales = [1 / stride for stride in self.strides]
+        return multilevel_roi_align(maps, boxes, levels, (size, size), spatial_scales=scales)
 
 
 class MaskRCNN(FasterRCNN):

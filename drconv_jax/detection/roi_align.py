@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -42,32 +42,35 @@ def roi_align(
     Returns:
       In the dtype of the features; sums are taken in float32 or wider.
     """
-    return multilevel_roi_align(
-        [features],
-        boxes,
-        jnp.zeros(boxes.shape[0], jnp.int32),
+    y = multilevel_roi_align(
+        [features[None]],
+        boxes[None],
+        jnp.zeros((1, boxes.shape[0]), jnp.int32),
         output_size,
         spatial_scales=[spatial_scale],
         sampling_ratio=sampling_ratio,
         aligned=aligned,
     )
+    return y[0]
 
 
 def multilevel_roi_align(
-    features: Sequence[Float[Array, "_ _ channels"]],
-    boxes: Float[Array, "n 4"],
-    levels: Int[Array, " n"],
+    features: Sequence[Float[Array, "batch _ _ channels"]],
+    boxes: Float[Array, "batch n 4"],
+    levels: Int[Array, "batch n"],
     output_size: tuple[int, int],
     *,
     spatial_scales: Sequence[float],
     sampling_ratio: int = 2,
     aligned: bool = False,
-) -> Float[Array, "n out_height out_width channels"]:
-    """`roi_align` of every box on the feature map of its own level.
+) -> Float[Array, "batch n out_height out_width channels"]:
+    """`roi_align` of every box of a batch, on the feature map of its own level.
+
+    Nothing is computed for the other levels.
 
     Args:
       features: the feature maps.
-      boxes: in pixels of the image.
+      boxes: in pixels of their images.
       levels: which of the maps each box is read from.
       output_size, sampling_ratio, aligned: see `roi_align`.
       spatial_scales: of every map.
@@ -75,25 +78,27 @@ def multilevel_roi_align(
     boxes = jax.lax.stop_gradient(boxes)
     scale = jnp.asarray(spatial_scales, boxes.dtype)[levels]
     offset = 0.5 if aligned else 0.0
-    corners = boxes * scale[:, None] - offset
-    start, sides = corners[:, 1::-1], (corners[:, 2:] - corners[:, :2])[:, ::-1]
+    corners = boxes * scale[..., None] - offset
+    start, sides = corners[..., 1::-1], (corners[..., 2:] - corners[..., :2])[..., ::-1]
     if not aligned:
         sides = jnp.maximum(sides, 1)
-    bins = sides / jnp.asarray(output_size, boxes.dtype)[None]
+    bins = sides / jnp.asarray(output_size, boxes.dtype)[None, None]
     if sampling_ratio < 1:
-        return _adaptively(features, levels, start, bins, output_size)
-    shapes = np.array([f.shape[:2] for f in features])
-    table = jnp.concatenate([f.reshape(-1, f.shape[-1]) for f in features])
+        return jax.vmap(lambda *args: _adaptively(*args, output_size))(
+            features, levels, start, bins
+        )
+    shapes = np.array([f.shape[1:3] for f in features])
+    table = jnp.concatenate([f.reshape(f.shape[0], -1, f.shape[-1]) for f in features], axis=1)
     first = jnp.asarray(np.concatenate([[0], np.cumsum(shapes.prod(axis=1))[:-1]]), jnp.int32)
     size = jnp.asarray(shapes, jnp.int32)[levels]
     (row, of_row), (column, of_column) = (
         _taps(
-            _points(start[:, axis], bins[:, axis], output_size[axis], sampling_ratio),
-            size[:, axis, None, None],
+            _points(start[..., axis], bins[..., axis], output_size[axis], sampling_ratio),
+            size[..., axis, None, None],
         )
         for axis in (0, 1)
     )
-    row = first[levels][:, None, None] + row * size[:, 1, None, None]
+    row = first[levels][..., None, None] + row * size[..., 1, None, None]
     return _interpolated(table, _Taps(row, column), _Taps(of_row, of_column))
 
 
@@ -104,27 +109,39 @@ class _Taps(NamedTuple):
     product of their weights.
     """
 
-    row: Shaped[Array, "n out_height taps"]
-    column: Shaped[Array, "n out_width taps"]
+    row: Shaped[Array, "*batch n out_height taps"]
+    column: Shaped[Array, "*batch n out_width taps"]
 
     @property
-    def each(self) -> Iterator[tuple[Shaped[Array, "n _ 1"], Shaped[Array, "n 1 _"]]]:
+    def each(self) -> Iterator[tuple[Shaped[Array, "*batch n _ 1"], Shaped[Array, "*batch n 1 _"]]]:
         """The cells of every bin, one after another, by row and by column."""
         for a in range(self.row.shape[-1]):
             for b in range(self.column.shape[-1]):
-                yield self.row[:, :, None, a], self.column[:, None, :, b]
+                yield self.row[..., None, a], self.column[..., None, :, b]
 
 
 @jax.custom_vjp
 def _interpolated(
-    table: Float[Array, "cells channels"], index: _Taps, weight: _Taps
-) -> Float[Array, "n out_height out_width channels"]:
-    """The sum over taps of weight times cell; without a loop, so that XLA makes one pass of it."""
-    total: Any = 0
-    for (y, x), (wy, wx) in zip(index.each, weight.each, strict=True):
-        values = table[y + x].astype(accumulator(table.dtype))
-        total += (wy * wx)[..., None].astype(values.dtype) * values
-    return total.astype(table.dtype)
+    table: Float[Array, "batch cells channels"], index: _Taps, weight: _Taps
+) -> Float[Array, "batch n out_height out_width channels"]:
+    """The sum over taps of weight times cell, which XLA makes one pass of where it has no loop."""
+
+    def of_image(table: Array, index: _Taps, weight: _Taps) -> Array:
+        total: Any = 0
+        for (y, x), (wy, wx) in zip(index.each, weight.each, strict=True):
+            values = table[y + x].astype(accumulator(table.dtype))
+            total += (wy * wx)[..., None].astype(values.dtype) * values
+        return total.astype(table.dtype)
+
+    # XLA for CPUs reads a batch of tables in many passes, and once more for every use of the sum,
+    # but for what is computed in a loop. On a mesh a loop over images would be one over devices.
+    return jax.lax.platform_dependent(
+        table,
+        index,
+        weight,
+        cpu=lambda *images: jax.lax.map(lambda image: of_image(*image), images),
+        default=jax.vmap(of_image),
+    )
 
 
 def _interpolated_forward(table: Array, index: _Taps, weight: _Taps) -> tuple[Array, Any]:
@@ -143,7 +160,8 @@ def _interpolated_backward(residuals: Any, dy: Array) -> tuple[Array, None, None
     # One tap after another: together they are many times as large as dy.
     def add(dtable: Array, tap: tuple[Array, Array]) -> tuple[Array, None]:
         cell, weight = tap
-        return dtable.at[cell].add(weight[..., None].astype(wide) * dy), None
+        values = weight[..., None].astype(wide) * dy
+        return jax.vmap(lambda own, i, values: own.at[i].add(values))(dtable, cell, values), None
 
     dtable, _ = jax.lax.scan(add, jnp.zeros(table.shape, wide), (cells, weights))
     return dtable.astype(table.dtype), None, None
@@ -194,13 +212,13 @@ def _mean_of_points(
 
 
 def levels_of(
-    boxes: Float[Array, "n 4"],
+    boxes: Float[Array, "*n 4"],
     count: int,
     *,
     finest: int = 2,
     canonical_level: int = 4,
     canonical_size: float = 224.0,
-) -> Int[Array, " n"]:
+) -> Int[Array, "*n"]:
     """The level of a pyramid that a box's features are read from (FPN, Section 4.2, Eq. 1).
 
     Args:
@@ -218,18 +236,18 @@ def levels_of(
 
 
 def _points(
-    start: Float[Array, " n"], bins: Float[Array, " n"], count: int, ratio: int
-) -> Float[Array, "n bins points"]:
+    start: Float[Array, "batch n"], bins: Float[Array, "batch n"], count: int, ratio: int
+) -> Float[Array, "batch n bins points"]:
     """Coordinates of the points in every bin, on one axis."""
-    at = jnp.arange(count, dtype=start.dtype)[None, :, None]
-    inside = (jnp.arange(ratio, dtype=start.dtype) + 0.5)[None, None]
-    start, bins = start[:, None, None], bins[:, None, None]
+    at = jnp.arange(count, dtype=start.dtype)[None, None, :, None]
+    inside = (jnp.arange(ratio, dtype=start.dtype) + 0.5)[None, None, None]
+    start, bins = start[..., None, None], bins[..., None, None]
     return start + at * bins + inside * bins / ratio
 
 
 def _taps(
-    points: Float[Array, "n bins points"], size: Int[Array, "n 1 1"]
-) -> tuple[Int[Array, "n bins taps"], Float[Array, "n bins taps"]]:
+    points: Float[Array, "batch n bins points"], size: Int[Array, "batch n 1 1"]
+) -> tuple[Int[Array, "batch n bins taps"], Float[Array, "batch n bins taps"]]:
     """The two cells that each point is interpolated of, on one axis, and their weights."""
     inside = (points >= -1) & (points <= size.astype(points.dtype))
     point = jnp.clip(points, 0, (size - 1).astype(points.dtype))
@@ -238,5 +256,5 @@ def _taps(
     cells = jnp.stack([low, jnp.minimum(low + 1, (size - 1).astype(low.dtype))], axis=-1)
     weights = jnp.stack([1 - beyond, beyond], axis=-1) / points.shape[-1]
     weights = jnp.where(inside[..., None], weights, 0)
-    cells, weights = (value.reshape(*value.shape[:2], -1) for value in (cells, weights))
+    cells, weights = (value.reshape(*value.shape[:3], -1) for value in (cells, weights))
     return cells.astype(jnp.int32), weights

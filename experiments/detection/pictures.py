@@ -64,7 +64,9 @@ def draw_objects(
         figure.savefig(temporary, dpi=110, format="png")
 
 
-def draw_curves(path: pathlib.Path, metrics: Mapping[evaluation.Kind, evaluation.Evaluation]) -> None:
+def draw_curves(
+    path: pathlib.Path, metrics: Mapping[evaluation.Kind, evaluation.Evaluation]
+) -> None:
     """Draws precision over recall, of boxes and of masks.
 
     Args:

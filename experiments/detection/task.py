@@ -116,7 +116,9 @@ class Detection:
 
     def evaluate(self, variables: Variables, batch: DeviceBatch) -> dict[str, Array]:
         """What is found in each image: "boxes", "scores", "labels", and "masks" in bytes."""
-        found: Any = self.model.apply(variables, normalize(batch["image"], batch["size"]), batch["size"])
+        found: Any = self.model.apply(
+            variables, normalize(batch["image"], batch["size"]), batch["size"]
+        )
         results = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
         if found.masks is not None:
             results["masks"] = found.masks.astype(jnp.float16)
