@@ -2,17 +2,22 @@
 
 import dataclasses
 import functools
+import json
 import os
 import pickle
+import re
 import signal
+import sys
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tyro
 from runs import checkpoints_of, rows_of
 
-from experiments.runtime import loop, pipeline, training
+from experiments.runtime import experiment, loop, mesh, pipeline, training
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.errors import Preempted
 from experiments.runtime.mesh import from_all_processes, make_mesh
@@ -177,8 +182,8 @@ class Feed:
 
 
 def train(folder, recipe=RECIPE, **feed):
-    checkpoint, mesh = CheckpointConfig(keep=1), make_mesh()
-    return loop.train(Regression(), Feed(**feed), recipe, folder, mesh=mesh, checkpoint=checkpoint)
+    when, where = CheckpointConfig(keep=1), make_mesh()
+    return loop.train(Regression(), Feed(**feed), recipe, folder, mesh=where, checkpoint=when)
 
 
 def test_it_trains_what_is_to_be_trained_and_is_judged_by_its_own_metric(tmp_path, capsys):
@@ -218,6 +223,73 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(tmp_path):
         state, *_ = train(folder)
         jax.tree.map(np.testing.assert_array_equal, state, whole)
         assert rows_of(folder) == rows_of(tmp_path / "whole")
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    name: str = "line"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    data: str = "grey"
+    model: Network = dataclasses.field(default_factory=Network)
+    train: Recipe = RECIPE
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arguments(experiment.Arguments):
+    recipe: Literal["long", "short"] = "long"
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+EXPERIMENT = experiment.Experiment(
+    name="regression",
+    description="Learns to see how bright it is.",
+    arguments=Arguments,
+    presets={"long": Config(), "short": Config(train=dataclasses.replace(RECIPE, epochs=1))},
+    set_up=lambda config, loading: experiment.Setup(
+        Regression(),
+        Feed(),
+        facts={"images": COUNT},
+        summary=f"{COUNT} images that are {config.data}",
+        files={"units.json": ["candela"]},
+        pictures={"slope.txt": lambda path, v: path.write_text(str(v["params"]["head"]["slope"]))},
+    ),
+    task_without_data=lambda arguments: Regression(),
+    absolute=lambda config: config,
+)
+
+
+def test_its_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(mesh, "join_processes", lambda cluster: None)  # it is too late for that
+
+    def command(*options):
+        monkeypatch.setattr(sys, "argv", ["regression", *options])
+        experiment.main(EXPERIMENT)
+        return capsys.readouterr().out
+
+    run = tmp_path / "run"
+    out = command("--recipe", "short", "--run-dir", str(run))
+    assert f"43 images that are grey; run folder {run}\n" in out
+    report, config, facts, units = (
+        json.loads((run / f"{name}.json").read_text())
+        for name in ("report", "config", "data", "units")
+    )
+    assert f"test score {report['test_score']:.4f} after 1 epochs, 2 parameters, 1 images" in out
+    assert config["train"]["epochs"] == 1 and facts == {"images": COUNT, "steps in an epoch": 4}
+    assert units == ["candela"] and report["skipped"] == ["image 8: it is torn"]
+    assert 0 < float((run / "slope.txt").read_text()) < 1
+    for options, shown in (
+        (("--recipe", "short"), "1"),
+        (("--train.epochs", "2"), r"2  \(long: 3\)"),
+    ):
+        assert re.search(rf"^train.epochs +{shown}$", command("--show", *options), re.MULTILINE)
+    with pytest.raises(SystemExit) as refused:
+        command("--resume", str(run), "--data", "green", "--model.name", "curve")
+    assert refused.value.code == 2
+    assert "--model.name is line, not curve; leave" in capsys.readouterr().err
 
 
 def test_a_step_for_each_shape_of_batches():

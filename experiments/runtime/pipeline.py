@@ -181,8 +181,10 @@ def evaluation(
     return _batches(samples, dataset, share, loading)
 
 
-def padded(count: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """All samples in their order, as `places` and `real` of `evaluation`."""
+def padded(
+    count: int, batch_size: int
+) -> tuple[Int[np.ndarray, "batches batch_size"], Bool[np.ndarray, "batches batch_size"]]:
+    """So many samples in their order, as `places` and `real` of `evaluation`."""
     index = np.arange(-(-count // batch_size) * batch_size).reshape(-1, batch_size)
     return np.minimum(index, count - 1), index < count
 
@@ -192,17 +194,17 @@ class _OwnShare(grain.MapDataset[Any]):
 
     def __init__(self, batches: grain.MapDataset[Any], share: Share):
         super().__init__(batches)
-        self._share = share
+        self._batches, self._share = batches, share
 
     def __len__(self) -> int:
-        return len(self._parent) // self._share.processes
+        return len(self._batches) // self._share.processes
 
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return self.slice(index)
         batch, place = divmod(index, self._share.size)
         start = batch * self._share.batch_size + self._share.process * self._share.size
-        return self._parent[start + place]
+        return self._batches[start + place]
 
 
 def _batches(

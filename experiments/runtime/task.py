@@ -30,7 +30,8 @@ class HostBatch:
 
     Attributes:
       arrays: what goes to the devices; the first axis of each is the share.
-      index: the samples' places in their split; -1 for padding in evaluation.
+      index: the samples' places in their split. In evaluation, -1 is padding, and the arrays of a
+        sample that is in `broken` do not count either.
       broken: places of samples that could not be read on the way, and why.
     """
 
@@ -80,7 +81,8 @@ class Task(Protocol):
 
         Returns:
           The loss, and with it the new batch statistics and named scalars, means too, that are
-          shown and written down beside it: parts of the loss, an accuracy.
+          shown and written down beside it: parts of the loss, an accuracy. The names "loss",
+          "gradient_norm" and "learning_rate" are taken.
         """
 
     def evaluate(self, variables: Variables, batch: DeviceBatch) -> Any:
