@@ -10,7 +10,6 @@ in float32.
 from __future__ import annotations
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
@@ -24,14 +23,10 @@ from jaxtyping import Array
 from drconv_jax.export import PLATFORMS, export_model, load_exported, platform_names
 from drconv_jax.fold import fold_batch_norm
 from drconv_jax.onnx import export_onnx, quiet_session
-from experiments.classification.config import Config
-from experiments.classification.task import Classification
-from experiments.runtime import commands, run_folder
-from experiments.runtime import mesh as meshes
-from experiments.runtime.checkpoints import Checkpoints
+from experiments.classification.trained import TrainedNetwork, trained_network
+from experiments.runtime import commands
 from experiments.runtime.errors import UserError
 from experiments.runtime.images import normalize
-from experiments.runtime.training import program
 
 # Another order of sums moves logits by rounding, which grows through the layers.
 _TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
@@ -64,14 +59,14 @@ def main() -> None:
     with commands.running():
         arguments = tyro.cli(Arguments, prog="python -m experiments.export", description=__doc__)
         out = arguments.out or arguments.run_dir / f"model.{arguments.format}"
-        run, variables, size = trained_network(
-            arguments.run_dir, fold=arguments.fold, in_float32=arguments.format == "onnx"
-        )
+        onnx = arguments.format == "onnx"
+        network = trained_network(arguments.run_dir, "RUN-DIR", in_float32=onnx)
+        run, variables = logits_of(network, fold=arguments.fold)
+        size = network.config.image_size
         try:
             _write(out, run, variables, size, arguments)
         except OSError as error:
             raise UserError(f'--out: "{out}" cannot be written: {error.strerror}.') from None
-        onnx = arguments.format == "onnx"
         platforms = platform_names(arguments.platforms)
         if onnx or jax.export.default_export_platform() in platforms:
             load = _load_onnx if onnx else load_exported
@@ -102,43 +97,21 @@ def _load_onnx(path: pathlib.Path) -> Callable[[Array], Any]:
     return lambda inputs: session.run(["outputs"], {"inputs": np.asarray(inputs)})[0]
 
 
-def trained_network(
-    run_dir: pathlib.Path, *, fold: bool, in_float32: bool = False
-) -> tuple[Callable[[Any, Array], Array], Any, int]:
-    """The network of a run at its newest checkpoint.
+def logits_of(
+    network: TrainedNetwork, *, fold: bool
+) -> tuple[Callable[[Any, Array], Array], dict[str, Any]]:
+    """A function of variables and uint8 images to logits, and the variables.
 
     Args:
-      run_dir: the run's folder.
+      network: what is trained.
       fold: whether batch norms are folded.
-      in_float32: whether it computes in float32 even where the run did not.
-
-    Returns:
-      A function of variables and uint8 images to logits, the variables, and the images' size.
-
-    Raises:
-      UserError: there is no such run, or it has no checkpoint.
     """
-    config = run_folder.read_config(Config, "RUN-DIR", run_dir)
-    try:
-        classes = json.loads((run_dir / "classes.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f'RUN-DIR: "{run_dir}" has no readable classes.json: {error}.') from None
-    network = dataclasses.replace(config.model, dtype="float32") if in_float32 else config.model
-    model, size = network.build(len(classes)), config.image_size
-    mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    like = program(Classification(model, size), config.train, mesh, steps_per_epoch=1).state
-    checkpoints = Checkpoints(run_dir, config.checkpoint.keep, read_only=True)
-    restored = checkpoints.restore(like)
-    checkpoints.close()
-    if restored is None:
-        raise UserError(f'RUN-DIR: the run in "{run_dir}" has no checkpoint yet.')
-    state, _ = restored
-    variables = state.variables if state.average is None else state.average
-    apply: Callable[..., Any] = model.apply
+    apply: Callable[..., Any] = network.model.apply
+    variables, size = network.variables, network.config.image_size
     if fold:
         images = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
-        apply, variables = fold_batch_norm(model, variables, images)
-    return lambda variables, images: apply(variables, normalize(images)), variables, size
+        apply, variables = fold_batch_norm(network.model, variables, images)
+    return lambda variables, images: apply(variables, normalize(images)), variables
 
 
 def check(

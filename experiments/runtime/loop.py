@@ -127,6 +127,33 @@ def train(
     return Trained(run.state, run.record.rows[-1], skipped)
 
 
+def trained_variables(
+    task: Task, recipe: Recipe, run_dir: pathlib.Path, option: str
+) -> dict[str, Any]:
+    """The network of a run at its newest checkpoint: the average of it, where there is one.
+
+    Args:
+      task, recipe: of the run.
+      run_dir: the run's folder, which is only read.
+      option: that named the folder, for errors.
+
+    Returns:
+      "params" and "batch_stats", on the first device.
+
+    Raises:
+      UserError: the run has no checkpoint, or one of another network.
+    """
+    mesh = meshes.make_mesh(devices=jax.devices()[:1])
+    like = program(task, recipe, mesh, steps_per_epoch=1).state
+    checkpoints = Checkpoints(run_dir, keep=1, read_only=True)
+    restored = checkpoints.restore(like)
+    checkpoints.close()
+    if restored is None:
+        raise UserError(f'{option}: the run in "{run_dir}" has no checkpoint yet.')
+    state, _ = restored
+    return state.variables if state.average is None else state.average
+
+
 class _Run:
     """A run under way: all around its steps. All processes take the same turns at the same step."""
 
