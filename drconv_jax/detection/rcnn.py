@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 from drconv_jax.detection import heads, losses, rpn
 from drconv_jax.detection.anchors import Anchors
@@ -409,11 +409,11 @@ def _mask_targets(
 
 
 def _of(
-    values: Num[Array, "batch n *rest"], index: Int[Array, "batch count"]
-) -> Num[Array, "batch count *rest"]:
+    values: Shaped[Array, "batch n *rest"], index: Int[Array, "batch count"]
+) -> Shaped[Array, "batch count *rest"]:
     """The entries of every image that an index names."""
     return jax.vmap(lambda v, i: v[i])(values, index)
 
 
-def _flat(values: Num[Array, "batch n *rest"]) -> Num[Array, " _ *rest"]:
+def _flat(values: Shaped[Array, "batch n *rest"]) -> Shaped[Array, " _ *rest"]:
     return values.reshape(-1, *values.shape[2:])
