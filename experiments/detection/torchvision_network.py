@@ -67,9 +67,7 @@ def build(model: FasterRCNN, variables: Mapping[str, Any]) -> TorchFasterRCNN:
     classes = model.num_classes + 1
     parts = {
         "rpn_anchor_generator": anchors,
-        "rpn_head": RPNHead(
-            model.features, anchors.num_anchors_per_location()[0], model.rpn_depth
-        ),
+        "rpn_head": RPNHead(model.features, anchors.num_anchors_per_location()[0], model.rpn_depth),
         "box_roi_pool": roi_align(7),
         "box_head": TwoMLPHead(model.features * 7**2, model.box_features),
         "box_predictor": FastRCNNPredictor(model.box_features, classes),
@@ -209,9 +207,7 @@ def _interpolation(
     return np.maximum(1 - np.abs(place[..., None] - cells), 0).astype(np.float32)
 
 
-def _backbone(
-    model: FasterRCNN, state: Mapping[str, Tensor]
-) -> tuple[nn.Module, dict[str, str]]:
+def _backbone(model: FasterRCNN, state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, str]]:
     """The network, and the names of its maps by the parts that make them."""
     if model.strides != STRIDES:
         raise ValueError(f"strides must be {STRIDES}, got {model.strides}.")
