@@ -52,7 +52,7 @@ def converted(entry: Entry, array: np.ndarray) -> Array:
     return variable
 
 
-def converted_back(entry: Entry, variable: Array) -> np.ndarray:
+def converted_back(entry: Entry, variable: Array | np.ndarray) -> np.ndarray:
     """The array that `converted` makes this variable of, where it only moves numbers."""
     size = math.prod(entry.shape)
     places = entry.convert(np.arange(size).reshape(entry.shape))

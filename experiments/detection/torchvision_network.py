@@ -176,8 +176,8 @@ def pasted(
 ) -> UInt8[np.ndarray, "objects height width"]:
     """Masks of the whole canvas, 0 or 1 at each pixel.
 
-    In the crops, the value of a pixel of the image's file lies at its upper left corner. The pixel
-    of the canvas that shows its middle therefore lies half a pixel of the file further left and up.
+    A pixel belongs to an object if its middle does. In the crops, the value of a pixel of the
+    image's file lies at its upper left corner: half such a pixel left of and above its middle.
 
     Args:
       crops: masks cut to their boxes, as `resampling.mask_of_box` does.
@@ -185,26 +185,29 @@ def pasted(
       canvas: its height and width.
       scale: of the image's height and width on the canvas, to those of its file.
     """
-    cells = np.arange(crops.shape[-1])
     rows, columns = (
         _interpolation(
-            np.arange(canvas[axis]) + (1 - scale[axis]) / 2,
-            boxes[:, 1 - axis, None],
-            boxes[:, 3 - axis, None],
-            cells,
+            np.arange(canvas[axis]) + 0.5, boxes[:, 1 - axis], boxes[:, 3 - axis],
+            scale[axis] / 2, crops.shape[-1],
         )
         for axis in (0, 1)
-    )
+    )  # fmt: skip
     inside = np.matmul(np.matmul(rows, crops.astype(np.float32)), columns.transpose(0, 2, 1))
     return (inside >= 255 / 2).astype(np.uint8)
 
 
 def _interpolation(
-    at: np.ndarray, low: np.ndarray, high: np.ndarray, cells: np.ndarray
+    at: np.ndarray, low: np.ndarray, high: np.ndarray, shift: float, cells: int
 ) -> Float32[np.ndarray, "objects pixels cells"]:
-    """How much of each cell between two ends of an axis is at each place; nothing is beyond."""
-    place = (at - low) / np.maximum(high - low, 1) * len(cells) - 0.5
-    return np.maximum(1 - np.abs(place[..., None] - cells), 0).astype(np.float32)
+    """How much of each cell between two ends of an axis is at each place; nothing is beyond.
+
+    The cells tell what is `shift` further on.
+    """
+    at, low, high = at[None], low[:, None], high[:, None]
+    place = (at - shift - low) / np.maximum(high - low, 1) * cells - 0.5
+    near = 1 - np.abs(np.clip(place, 0, cells - 1)[..., None] - np.arange(cells))
+    inside = (low <= at) & (at < high)
+    return (np.maximum(near, 0) * inside[..., None]).astype(np.float32)
 
 
 def _backbone(model: FasterRCNN, state: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, str]]:
