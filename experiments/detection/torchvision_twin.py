@@ -100,8 +100,8 @@ def run(config: Config, run_dir: pathlib.Path, loading: Loading = Loading()) -> 
       loading: how images come from a disk.
     """
     setup = set_up(config, loading)
-    for line in setup.left_out:
-        print(f"left out: {line}", file=sys.stderr)
+    for what in setup.left_out:
+        print(f"left out: {what}", file=sys.stderr)
     task, feed, recipe = setup.task, setup.feed, config.train
     assert isinstance(task, Detection) and isinstance(feed, CocoImages)
     training = Training(task, recipe, feed.steps_per_epoch)
@@ -120,7 +120,7 @@ def run(config: Config, run_dir: pathlib.Path, loading: Loading = Loading()) -> 
             begun, sums = time.perf_counter(), dict[str, float]()
             for _ in range(feed.steps_per_epoch):
                 batch = next(batches)
-                skipped.update(f"{feed.train.name_of(i)}: {w}" for i, w in batch.broken.items())
+                skipped.update(f"{feed.train.name_of(i)}: {why}" for i, why in batch.broken.items())
                 values = training.step(batch.arrays, _scales(feed, batch))
                 for name, value in values.items():
                     sums[name] = sums.get(name, 0.0) + value

@@ -90,9 +90,15 @@ def roi_align(case: Case, maps: list[Array], boxes: Array) -> Array:
     return multilevel_roi_align(maps, boxes, levels, size, spatial_scales=scales)
 
 
-def plain_detector(case: Case) -> MaskRCNN:
-    """The detector of a case, without DRConv."""
-    return create_model(case.network, num_classes=case.features)
+def detector(case: Case, regions: int | None = None, implementation: str | None = None) -> MaskRCNN:
+    """The detector of a case: with DRConv where a number of regions is given, otherwise plain."""
+    if regions is None:
+        model = create_model(case.network, num_classes=case.features)
+    else:
+        conv = functools.partial(DRConv, regions=regions, implementation=implementation)
+        model = create_model(f"dr_{case.network}", num_classes=case.features, conv=conv)
+    assert isinstance(model, MaskRCNN)
+    return model
 
 
 def initial(model: MaskRCNN) -> Any:
@@ -129,12 +135,9 @@ def _detectors(case: Case, implementation: str | None) -> Iterator[Contender]:
     batch = {name: jnp.asarray(array) for name, array in arrays(case).items()}
     images, sizes = normalize(batch["image"], batch["size"]), batch["size"]
     objects = Objects(batch["boxes"], batch["labels"], batch["masks"])
-    models: list[tuple[str, int | None, MaskRCNN]] = [("plain", None, plain_detector(case))]
-    for m in case.regions:
-        conv = functools.partial(DRConv, regions=m, implementation=implementation)
-        model = create_model(f"dr_{case.network}", num_classes=case.features, conv=conv)
-        models.append((WITH_DRCONV, m, model))
-    for name, regions, model in models:
+    for regions in (None, *case.regions):
+        name = OURS[case.level] if regions is None else WITH_DRCONV
+        model = detector(case, regions, implementation)
         variables = initial(model)
         yield compiled(name, regions, "forward", model.apply, variables, images, sizes)
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision import ops
+from torchvision.models.detection import FasterRCNN
 
 from experiments.detection import torchvision_network
 from experiments.speed import detection
@@ -58,7 +59,7 @@ def _nms(case: Case) -> Iterator[Contender]:
 
 def _detectors(case: Case) -> Iterator[Contender]:
     """The detector, with images in both of PyTorch's layouts: which is faster depends."""
-    model, arrays = detection.plain_detector(case), detection.arrays(case)
+    model, arrays = detection.detector(case), detection.arrays(case)
     variables = detection.initial(model)
     images, sizes = torchvision_network.images_of(arrays)
     objects = [
@@ -76,7 +77,7 @@ def _detectors(case: Case) -> Iterator[Contender]:
 
 def _both_directions(
     name: str,
-    network: torchvision_network.TorchFasterRCNN,
+    network: FasterRCNN,
     images: Tensor,
     sizes: list[tuple[int, int]],
     objects: list[torchvision_network.Objects],
