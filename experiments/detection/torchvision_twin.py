@@ -4,6 +4,8 @@ The options are those of experiments.detection, for a plain network. It starts f
 weights, takes the same steps on the same batches in the same order, by the same recipe, and is
 evaluated by the same code. Which anchors and proposals are drawn is left to PyTorch's random
 numbers. The run's folder gets config.json, metrics.jsonl, tensorboard/ and report.json.
+PyTorch and torchvision must be installed (pip install '.[compare]'); OMP_WAIT_POLICY=PASSIVE keeps
+their idle threads off the cores that read images meanwhile.
 """
 
 from __future__ import annotations
