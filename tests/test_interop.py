@@ -10,7 +10,8 @@ import pytest
 from flax import linen as nn
 
 from drconv_jax import DRConv
-from drconv_jax.interop import import_torch
+from drconv_jax.detection import FasterRCNN, MaskRCNN
+from drconv_jax.interop import export_torch, import_torch
 from drconv_jax.interop.networks import entries_of_network
 from drconv_jax.models import BlockGuide, MobileFaceNet, MobileNetV1, MobileNetV2, ShuffleNetV2
 from drconv_jax.weights import load_matching, load_weights, save_weights
@@ -456,3 +457,30 @@ def test_a_network_with_drconv_has_no_public_weights():
     model = ShuffleNetV2(width=0.5, conv=functools.partial(DRConv, regions=2))
     with pytest.raises(ValueError, match="ShuffleNetV2 must be plain for its public weights"):
         import_torch(model, {})
+
+
+@pytest.mark.parametrize(
+    "detector",
+    [
+        MaskRCNN(ShuffleNetV2(width=0.5, blocks=(1, 1, 1)), 3, features=8, box_features=5),
+        FasterRCNN(MobileNetV2(width=0.25), 3, features=8, box_features=5, rpn_depth=2),
+    ],
+    ids=["mask", "faster"],
+)
+def test_an_exported_detector_is_imported_as_it_was(detector):
+    images, sizes = jnp.zeros((1, 32, 32, 3)), jnp.array([[32, 32]])
+    shapes = jax.eval_shape(detector.init, jax.random.key(0), images, sizes)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32), shapes)
+    state = export_torch(detector, variables)
+    # Of 8 channels and 7 rows and columns, as torchvision's regions are flattened.
+    kernel = variables["params"]["box_head"]["fc6"]["kernel"]
+    moved = kernel.reshape(7, 7, 8, 5).transpose(3, 2, 0, 1).reshape(5, -1)
+    np.testing.assert_array_equal(state["roi_heads.box_head.fc6.weight"], moved)
+    jax.tree.map(np.testing.assert_array_equal, variables, import_torch(detector, state))
+
+
+def test_a_detector_with_drconv_has_no_counterpart():
+    detector = FasterRCNN(ShuffleNetV2(width=0.5, conv=DRConv), 3)
+    with pytest.raises(ValueError, match="must be plain"):
+        export_torch(detector, {})

@@ -14,7 +14,7 @@ from PIL import Image
 from drconv_jax import DRConv
 from drconv_jax.interop import import_torch
 from experiments.runtime.errors import UserError
-from experiments.speed import cases, compiled, contenders, mark, measure, results
+from experiments.speed import cases, compiled, contenders, detection, mark, measure, results
 from experiments.speed.measure import DIRECTIONS
 
 
@@ -141,6 +141,12 @@ def test_the_pytorch_drconv_is_our_layer(kernel):
 
 def made_up(case):
     """Results of a case: one second for what is standard, two for ours, ten for PyTorch DRConv."""
+    if case in cases.DETECTION:
+        for direction in detection.directions(case):
+            for name, seconds in ((detection.OURS[case.level], 2.0), ("torchvision", 4.0)):
+                standard = name == "torchvision"
+                yield results.Result(case, name, None, direction, standard, (seconds,) * 3, 0)
+        return
     standard = {"op": "matmul", "layer": "nn.Conv", "network": "plain"}[case.level]
     times = {standard: 1.0, contenders.TORCH_NETWORK: 1.0, contenders.TORCH_DRCONV: 10.0}
     times[contenders.OURS[case.level]] = 2.0
@@ -153,7 +159,8 @@ def made_up(case):
 
 
 def test_every_row_of_the_mark_is_measured_by_a_suite():
-    chosen = list(dict.fromkeys([*cases.suite("mark"), *cases.suite("gpu")]))
+    suites = (cases.suite(name) for name in ("mark", "gpu", "detection"))
+    chosen = list(dict.fromkeys(case for suite in suites for case in suite))
     timed = [r for case in chosen if case.level != "compiled" for r in made_up(case)]
     step = [results.StepBytes(c, 100, 80, 10) for c in cases.suite("mark") if c.level == "layer"]
     programs = [
@@ -173,6 +180,7 @@ def test_every_row_of_the_mark_is_measured_by_a_suite():
     plain = "shufflenet_v2_x0_5 plain / PyTorch's, forward, 16x224x224 3-1000"
     assert values[plain] == 1.0
     assert values[plain.replace("plain / PyTorch's", "DR / plain")] == 2.0
+    assert values["nms / torchvision's, forward, 2000 boxes"] == 0.5
     on_gpu = "on a GPU, bfloat16, DRConv / nn.Conv, forward, 512x7x7 232-232 1x1"
     assert values[on_gpu] == 2.0
     for row in rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -59,4 +60,5 @@ class Anchors:
             y, x = jnp.meshgrid(y, x, indexing="ij")
             corners = jnp.stack([x, y, x, y], axis=-1)[:, :, None]
             levels.append((corners + self.cell(level)[None, None]).reshape(-1, 4))
-        return tuple(levels)
+        # Or else XLA would compute what depends on them alone when it compiles, in minutes.
+        return tuple(jax.lax.optimization_barrier(levels))

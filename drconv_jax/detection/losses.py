@@ -31,7 +31,7 @@ def rpn_losses(
     Returns:
       Binary cross-entropy; smooth L1 of the positives' deltas over the number of all.
     """
-    count = jnp.maximum(real.sum(dtype=jnp.float32), 1)
+    count = jnp.maximum(real.sum(dtype=deltas.dtype), 1)
     entropy = optax.sigmoid_binary_cross_entropy(objectness, positive.astype(objectness.dtype))
     distances = jnp.where(positive & real, smooth_l1(deltas - targets).sum(axis=-1), 0)
     return jnp.where(real, entropy, 0).sum() / count, distances.sum() / count
@@ -56,7 +56,7 @@ def box_losses(
     Returns:
       Cross-entropy; smooth L1 of the true class's deltas over the number of all.
     """
-    count = jnp.maximum(real.sum(dtype=jnp.float32), 1)
+    count = jnp.maximum(real.sum(dtype=deltas.dtype), 1)
     entropy = optax.softmax_cross_entropy_with_integer_labels(class_logits, labels)
     own = jnp.take_along_axis(deltas, labels[..., None, None], axis=-2)[..., 0, :]
     distances = jnp.where((labels > 0) & real, smooth_l1(own - targets).sum(axis=-1), 0)
@@ -79,7 +79,7 @@ def mask_loss(
     """
     own = jnp.take_along_axis(logits, labels[..., None, None, None], axis=-1)[..., 0]
     entropy = optax.sigmoid_binary_cross_entropy(own, targets).mean(axis=(-2, -1))
-    return jnp.where(real, entropy, 0).sum() / jnp.maximum(real.sum(dtype=jnp.float32), 1)
+    return jnp.where(real, entropy, 0).sum() / jnp.maximum(real.sum(dtype=logits.dtype), 1)
 
 
 def smooth_l1(difference: Float[Array, "*n"], beta: float = _BETA) -> Float[Array, "*n"]:

@@ -54,9 +54,7 @@ def mask_targets_of_crops(
         sides = jnp.maximum(own[2:] - own[:2], 1)  # as roi_align made the crops
         box = (box.reshape(2, 2) - own[None, :2]) / sides[None] * cells
         crop = jnp.pad(crops[of].astype(boxes.dtype), 1)[..., None]
-        return roi_align(crop, box.reshape(1, 4) + 1, (size, size), sampling_ratio=2, aligned=True)[
-            0, ..., 0
-        ]
+        return roi_align(crop, box.reshape(1, 4) + 1, (size, size), aligned=True)[0, ..., 0]
 
     return jax.vmap(cut)(boxes, matched)
 
@@ -84,7 +82,8 @@ def paste_masks(
         _interpolation(low[:, axis], pixels[:, axis], padded.shape[-1], length)
         for axis, length in ((0, size[1]), (1, size[0]))
     )
-    return jnp.einsum("nhi,nij,nwj->nhw", rows, padded, columns)
+    highest = jax.lax.Precision.HIGHEST
+    return jnp.einsum("nhi,nij,nwj->nhw", rows, padded, columns, precision=highest)
 
 
 def _interpolation(

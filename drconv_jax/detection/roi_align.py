@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -84,9 +85,9 @@ def multilevel_roi_align(
         sides = jnp.maximum(sides, 1)
     bins = sides / jnp.asarray(output_size, boxes.dtype)[None, None]
     if sampling_ratio < 1:
-        return jax.vmap(lambda *args: _adaptively(*args, output_size))(
-            features, levels, start, bins
-        )
+        adaptively = functools.partial(_adaptively, output_size=output_size)
+        y: Array = jax.vmap(adaptively)(features, levels, start, bins)
+        return y
     shapes = np.array([f.shape[1:3] for f in features])
     table = jnp.concatenate([f.reshape(f.shape[0], -1, f.shape[-1]) for f in features], axis=1)
     first = jnp.asarray(np.concatenate([[0], np.cumsum(shapes.prod(axis=1))[:-1]]), jnp.int32)
@@ -124,24 +125,45 @@ class _Taps(NamedTuple):
 def _interpolated(
     table: Float[Array, "batch cells channels"], index: _Taps, weight: _Taps
 ) -> Float[Array, "batch n out_height out_width channels"]:
-    """The sum over taps of weight times cell, which XLA makes one pass of where it has no loop."""
-
-    def of_image(table: Array, index: _Taps, weight: _Taps) -> Array:
-        total: Any = 0
-        for (y, x), (wy, wx) in zip(index.each, weight.each, strict=True):
-            values = table[y + x].astype(accumulator(table.dtype))
-            total += (wy * wx)[..., None].astype(values.dtype) * values
-        return total.astype(table.dtype)
-
+    """The sum over taps of weight times cell."""
     # XLA for CPUs reads a batch of tables in many passes, and once more for every use of the sum,
     # but for what is computed in a loop. On a mesh a loop over images would be one over devices.
     return jax.lax.platform_dependent(
         table,
         index,
         weight,
-        cpu=lambda *images: jax.lax.map(lambda image: of_image(*image), images),
-        default=jax.vmap(of_image),
+        cpu=lambda *images: jax.lax.map(lambda image: _in_one_pass(*image), images),
+        default=jax.vmap(_gathered),
     )
+
+
+def _in_one_pass(
+    table: Float[Array, "cells channels"], index: _Taps, weight: _Taps
+) -> Float[Array, "n out_height out_width channels"]:
+    """Reads each cell where it is added; XLA for CPUs makes one loop of it."""
+    total: Any = 0
+    for (y, x), (wy, wx) in zip(index.each, weight.each, strict=True):
+        values = table[y + x].astype(accumulator(table.dtype))
+        total += (wy * wx)[..., None].astype(values.dtype) * values
+    return total.astype(table.dtype)
+
+
+def _gathered(
+    table: Float[Array, "cells channels"], index: _Taps, weight: _Taps
+) -> Float[Array, "n out_height out_width channels"]:
+    """Reads all cells, then adds; positions are one axis, as tiles of a TPU waste least on it."""
+    cells, weights = _all(index, jnp.add), _all(weight, jnp.multiply)
+    wide = accumulator(table.dtype)
+    values = table[cells.reshape(-1, cells.shape[-1])].astype(wide)
+    weights = weights.reshape(-1, weights.shape[-1]).astype(wide)
+    total = (weights[..., None] * values).sum(axis=1).astype(table.dtype)
+    return total.reshape(*cells.shape[:-1], -1)
+
+
+def _all(
+    taps: _Taps, combine: Callable[[Array, Array], Array]
+) -> Shaped[Array, "*batch n out_height out_width taps"]:
+    return jnp.stack([combine(y, x) for y, x in taps.each], axis=-1)
 
 
 def _interpolated_forward(table: Array, index: _Taps, weight: _Taps) -> tuple[Array, Any]:
@@ -152,7 +174,7 @@ def _interpolated_backward(residuals: Any, dy: Array) -> tuple[Array, None, None
     table, index, weight = residuals
     wide = accumulator(table.dtype)
     cells, weights = (
-        jnp.stack([combine(y, x) for y, x in taps.each])
+        jnp.moveaxis(_all(taps, combine), -1, 0)
         for taps, combine in ((index, jnp.add), (weight, jnp.multiply))
     )
     dy = dy.astype(wide)
@@ -186,8 +208,9 @@ def _adaptively(
             for axis in (0, 1)
         )
         rows = jnp.where((levels == level)[:, None, None], rows, 0)
-        y = jnp.einsum("nyh,hwc->nywc", rows.astype(wide), values.astype(wide))
-        total += jnp.einsum("nxw,nywc->nyxc", columns.astype(wide), y)
+        product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
+        y = product("nyh,hwc->nywc", rows.astype(wide), values.astype(wide))
+        total += product("nxw,nywc->nyxc", columns.astype(wide), y)
     return total.astype(features[0].dtype)
 
 

@@ -1,4 +1,4 @@
-"""Weights from public PyTorch implementations, as variables of the Flax modules here.
+"""Weights from public PyTorch implementations, as variables of the Flax modules here, and back.
 
 Every module has a table that says, for every array it needs, the foreign name and how its values
 are laid out there: `drconv` for the layer, `networks` for whole networks, `detection` for
@@ -14,12 +14,19 @@ from typing import Any
 
 import numpy as np
 from flax import linen as nn
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from drconv_jax.detection import FasterRCNN
 from drconv_jax.interop.detection import entries_of_detector
 from drconv_jax.interop.drconv import entries_of_drconv
-from drconv_jax.interop.entries import Entry, arrays_of, check_names, converted, prefix_of
+from drconv_jax.interop.entries import (
+    Entry,
+    arrays_of,
+    check_names,
+    converted,
+    converted_back,
+    prefix_of,
+)
 from drconv_jax.interop.networks import NETWORKS, entries_of_network
 from drconv_jax.linen import DRConv
 
@@ -73,6 +80,27 @@ def import_torch(module: nn.Module, state_dict: StateDict) -> dict[str, Any]:
     check_names(entries, arrays)
     flat = {entry.path: converted(entry, arrays[entry.name]) for entry in entries}
     return unflatten_dict(flat)
+
+
+def export_torch(detector: FasterRCNN, variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The state dict of torchvision's detector of the same network: `import_torch` backwards.
+
+    Args:
+      detector: a plain one, as `import_torch` takes.
+      variables: of it. Other trees of the same shapes, as gradients, are exported alike.
+
+    Returns:
+      Arrays by torchvision's names, in the dtypes of the variables, and without the counts of
+      batches that batch norms have there (`num_batches_tracked`).
+
+    Raises:
+      ValueError: torchvision has no such network.
+    """
+    flat = flatten_dict(variables)
+    return {
+        entry.name: converted_back(entry, flat[entry.path])
+        for entry in entries_of_detector(detector, {})
+    }
 
 
 _TABLES: Mapping[type[nn.Module], Callable[[Any, Mapping[str, np.ndarray]], Sequence[Entry]]] = {

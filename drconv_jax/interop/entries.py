@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -49,6 +50,15 @@ def converted(entry: Entry, array: np.ndarray) -> Array:
             f"{np.abs(array).max():.3g}; give the module a wider param_dtype."
         )
     return variable
+
+
+def converted_back(entry: Entry, variable: Array | np.ndarray) -> np.ndarray:
+    """The array that `converted` makes this variable of, where it only moves numbers."""
+    size = math.prod(entry.shape)
+    places = entry.convert(np.arange(size).reshape(entry.shape))
+    array = np.empty(size, variable.dtype)
+    array[places.ravel()] = np.asarray(variable).ravel()
+    return array.reshape(entry.shape)
 
 
 def oihw_to_hwio(kernel: np.ndarray) -> np.ndarray:

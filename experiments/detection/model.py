@@ -97,6 +97,11 @@ class DetectorConfig:
         return self._conv == "drconv"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether all its convolutions are nn.Conv."""
+        return self._conv == "standard"
+
+    @property
     def _conv(self) -> str:
         return self.conv or ("drconv" if self.name.startswith("dr_") else "standard")
 

@@ -2,10 +2,10 @@
 
 Without arguments: the mark, on a CPU in a few minutes. `--suite full` is the sweep over shapes, m,
 kernel sizes, dtypes and batches; `--suite gpu` has batches for a GPU, whose own time it measures,
-and begins no case after 4 minutes. PyTorch takes part where it is installed (pip install
-'.[compare]'), and layers are compiled for a TPU and a GPU that there need not be where their
-compilers are (pip install '.[tpu]' and '.[cuda]'); beside these, JAX_PLATFORMS=cpu keeps JAX from
-looking for devices.
+and begins no case after 4 minutes; `--suite detection` has RoIAlign, suppression and a whole
+detector. PyTorch and torchvision take part where they are installed (pip install '.[compare]'), and
+layers are compiled for a TPU and a GPU that there need not be where their compilers are (pip
+install '.[tpu]' and '.[cuda]'); beside these, JAX_PLATFORMS=cpu keeps JAX from looking for devices.
 The run's folder gets results.json and results.md, renewed after every case, and plots.
 """
 
@@ -46,7 +46,8 @@ class Arguments:
     """Measures the region convolution, the layer and a network against what they replace."""
 
     suite: cases.Suite = "mark"
-    """Which cases: the mark, the full sweep, batches for a GPU, or tiny ones to try the command."""
+    """Which cases: the mark, the full sweep, batches for a GPU, detection beside torchvision, or
+    tiny ones to try the command."""
     rounds: int = 11
     """Rounds, in each of which every contender of a case takes one turn."""
     select: str = ""
@@ -119,6 +120,8 @@ def _measure(arguments: Arguments, chosen: Sequence[Case], console: Console) -> 
             "PyTorch is not installed (pip install '.[compare]'), or not for this device: it takes "
             "no part."
         )
+    elif arguments.suite == "detection" and not contenders.torchvision_takes_part():
+        notes.append("torchvision is not installed (pip install '.[compare]'): it takes no part.")
     programs: list[compiled.Compiled] = []
 
     def so_far(done: int) -> Measured:

@@ -7,8 +7,8 @@ from typing import Literal
 
 from experiments.runtime.errors import UserError
 
-Level = Literal["op", "layer", "network", "compiled"]
-Suite = Literal["mark", "full", "gpu", "smoke"]
+Level = Literal["op", "layer", "network", "compiled", "roi_align", "nms", "detector"]
+Suite = Literal["mark", "full", "gpu", "detection", "smoke"]
 DType = Literal["float32", "bfloat16"]
 ALL_REGIONS = (1, 2, 4, 8, 16, 32)
 
@@ -18,17 +18,19 @@ class Case:
     """One comparison: everything in it is timed in the same rounds.
 
     Attributes:
-      level: the region convolution alone, a whole layer, a network, or what compilers for
-        accelerators say of a layer, which takes no clock.
+      level: the region convolution alone, a whole layer, a network, what compilers for accelerators
+        say of a layer, which takes no clock, or one of detection: RoIAlign over a pyramid,
+        non-maximum suppression, a whole detector.
       batch: samples.
-      size: height and width of the input.
-      in_features: channels of the input; 3 for a network.
-      features: channels of the output; classes for a network.
-      kernel: taps a side.
+      size: height and width of the input; of the image that a pyramid is of.
+      in_features: channels of the input; 3 for a network or detector.
+      features: channels of the output; classes for a network or detector.
+      kernel: taps a side, or RoIAlign's bins.
       regions: each m that is timed.
       dtype: of the computation.
       blocks: in the stages of the small network that has no name.
       network: its name in `drconv_jax.models.list_models()`; none is that small one.
+      boxes: of RoIAlign and suppression, in an image.
     """
 
     level: Level
@@ -41,23 +43,29 @@ class Case:
     dtype: DType = "float32"
     blocks: tuple[int, int, int] = (2, 2, 2)
     network: str = ""
+    boxes: int = 0
 
     @property
     def label(self) -> str:
         """The case in one line, what --select looks into."""
         level = " ".join(filter(None, (self.level, self.network)))
-        return f"{level} {self.shape_label} {self.dtype} m={','.join(map(str, self.regions))}"
+        regions = f"m={','.join(map(str, self.regions))}" if self.regions else ""
+        return " ".join(filter(None, (level, self.shape_label, self.dtype, regions)))
 
     @property
     def shape_label(self) -> str:
         """Batch, size, channels and kernel, such as 32x28x28 58-58 1x1."""
+        boxes = [f"{self.boxes} boxes"] if self.boxes else []
+        if self.level == "nms":
+            return " ".join(boxes)
         shape = f"{self.batch}x{self.size}x{self.size} {self.in_features}-{self.features}"
-        return shape if self.level == "network" else f"{shape} {self.kernel}x{self.kernel}"
+        kernel = [] if self.level in ("network", "detector") else [f"{self.kernel}x{self.kernel}"]
+        return " ".join([shape, *kernel, *boxes])
 
     @property
     def multiply_adds(self) -> int | None:
-        """Of the standard convolution that stands here, in one forward; unknown for a network."""
-        if self.level == "network":
+        """Of the standard convolution that stands here, in one forward; None of other cases."""
+        if self.level not in ("op", "layer", "compiled"):
             return None
         taps = self.kernel**2 * self.in_features
         return self.batch * self.size**2 * taps * self.features
@@ -75,6 +83,11 @@ CPU_NETWORKS = tuple(
     for name in ("shufflenet_v2_x0_5", "shufflenet_v2_x1_0", "mobilenet_v2_x1_0")
 )
 GPU_NETWORK = Case("network", 256, 224, 3, 1000, dtype="bfloat16", network="shufflenet_v2_x1_0")
+DETECTION = (
+    Case("roi_align", 1, 320, 256, 256, 7, regions=(), boxes=512),
+    Case("nms", 1, 320, 0, 0, regions=(), boxes=2000),
+    Case("detector", 2, 320, 3, 80, network="maskrcnn_shufflenet_v2_x0_5_fpn"),
+)
 
 
 def square(level: Level, shape: tuple[int, int, int], kernel: int = 1, **fields: object) -> Case:
@@ -139,6 +152,10 @@ def _gpu() -> list[Case]:
     ]
 
 
+def _detection() -> list[Case]:
+    return list(DETECTION)
+
+
 def _smoke() -> list[Case]:
     tiny = (2, 6, 8)
     return [
@@ -149,7 +166,7 @@ def _smoke() -> list[Case]:
     ]
 
 
-_SUITES = {"mark": _mark, "full": _full, "gpu": _gpu, "smoke": _smoke}
+_SUITES = {"mark": _mark, "full": _full, "gpu": _gpu, "detection": _detection, "smoke": _smoke}
 
 
 def suite(name: Suite, select: str = "") -> list[Case]:

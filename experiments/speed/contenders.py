@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import jax
@@ -17,8 +17,15 @@ from jaxtyping import Array
 from drconv_jax import DRConv
 from drconv_jax.models import ShuffleNetV2, create_model
 from drconv_jax.region_conv import region_conv
+from experiments.speed import detection
 from experiments.speed.cases import Case
-from experiments.speed.measure import DIRECTIONS, Contender, Direction, compiled, temporary_bytes
+from experiments.speed.measure import (
+    DIRECTIONS,
+    Contender,
+    compiled,
+    in_direction,
+    temporary_bytes,
+)
 
 Guide = Literal["random", "blocky"]
 OURS = {"op": "region_conv", "layer": "DRConv", "network": "with DRConv"}
@@ -30,7 +37,7 @@ _BLOCK = 7  # pixels a side over which a blocky guide is constant
 
 def contenders(case: Case, implementation: str | None, guide: Guide) -> list[Contender]:
     """All that can take part here, compiled, in both directions."""
-    make = {"op": _op, "layer": _layer, "network": _network}[case.level]
+    make = {"op": _op, "layer": _layer, "network": _network}.get(case.level, _detection)
     return list(make(case, implementation, guide))
 
 
@@ -52,7 +59,7 @@ def _op(case: Case, implementation: str | None, guide: Guide) -> Iterator[Conten
     x, dy = _x_and_dy(case, guide)
     kernel = _scaled(2, (case.kernel, case.kernel, case.in_features, case.features), case.dtype)
     for direction in DIRECTIONS:
-        timed = functools.partial(_in_direction, direction=direction, dy=dy)
+        timed = functools.partial(in_direction, direction=direction, dy=dy)
         yield timed("convolution", None, _convolution, x, kernel, standard=True)
         if case.kernel == 1:
             yield timed("matmul", None, jnp.matmul, x, kernel[0, 0], standard=True)
@@ -83,14 +90,14 @@ def _layer(case: Case, implementation: str | None, guide: Guide) -> Iterator[Con
     for name, regions, layer in layers:
         params = _cast(jax.jit(layer.init)(jax.random.key(0), x), case.dtype)
         for direction in DIRECTIONS:
-            yield _in_direction(
+            yield in_direction(
                 name, regions, layer.apply, params, x, direction=direction, dy=dy,
                 standard=name == "nn.Conv",
             )  # fmt: skip
     if case.kernel == 1:
         matrix = _scaled(2, (1, 1, case.in_features, case.features), case.dtype)[0, 0]
         for direction in DIRECTIONS:
-            yield _in_direction("matmul", None, jnp.matmul, x, matrix, direction=direction, dy=dy)
+            yield in_direction("matmul", None, jnp.matmul, x, matrix, direction=direction, dy=dy)
     if torch_takes_part():
         from experiments.speed import torch_drconv
 
@@ -125,6 +132,15 @@ def _network(case: Case, implementation: str | None, guide: Guide) -> Iterator[C
         yield from torch_networks.contenders(
             TORCH_NETWORK, network, np.asarray(x, np.float32), np.asarray(labels), case.dtype
         )
+
+
+def _detection(case: Case, implementation: str | None, guide: Guide) -> Iterator[Contender]:
+    del guide  # a detector's is its own
+    yield from detection.contenders(case, implementation)
+    if torchvision_takes_part():
+        from experiments.speed import torch_detection
+
+        yield from torch_detection.contenders(case)
 
 
 def _plain_network(case: Case) -> nn.Module:
@@ -195,24 +211,9 @@ def torch_takes_part() -> bool:
     return platform == "cpu" or (platform == "gpu" and torch.cuda.is_available())
 
 
-def _in_direction(
-    name: str,
-    regions: int | None,
-    function: Callable[..., Any],
-    *args: Any,
-    direction: Direction,
-    dy: Array,
-    standard: bool = False,
-) -> Contender:
-    """`function`, or it and the gradients of all its arguments for the output's gradient dy."""
-    if direction == "forward":
-        return compiled(name, regions, direction, function, *args, standard=standard)
-
-    def both(dy: Array, *args: Any) -> Any:
-        y, pull = jax.vjp(function, *args)
-        return y, pull(dy)  # y is returned lest XLA leave the forward out
-
-    return compiled(name, regions, direction, both, dy, *args, standard=standard)
+def torchvision_takes_part() -> bool:
+    """Whether torchvision is importable beside PyTorch."""
+    return torch_takes_part() and importlib.util.find_spec("torchvision") is not None
 
 
 def _convolution(x: Array, kernel: Array) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 
-from experiments.speed import cases
+from experiments.speed import cases, detection
 from experiments.speed.cases import Case, square
 from experiments.speed.contenders import OURS, TORCH_DRCONV, TORCH_NETWORK
 from experiments.speed.measure import DIRECTIONS, Direction
@@ -50,6 +50,7 @@ def rows(measured: Measured) -> list[Row]:
         *_networks(measured),
         *_compiled(measured),
         *_gpu(measured),
+        *_detection(measured),
     ]
 
 
@@ -156,6 +157,16 @@ def _gpu(measured: Measured) -> Iterator[Row]:
         plain = find(measured.results, case, "plain", None, direction)
         what = f"{case.network} DR / plain, {direction}, {case.shape_label} {case.dtype}"
         yield Row(what, limit, ratio(ours, plain) if ours and plain else None)
+
+
+def _detection(measured: Measured) -> Iterator[Row]:
+    for case in cases.DETECTION:
+        for direction in detection.directions(case):
+            ours = find(measured.results, case, detection.OURS[case.level], None, direction)
+            theirs = best_standard(measured.results, case, direction)
+            name = case.network or case.level
+            what = f"{name} / torchvision's, {direction}, {case.shape_label}"
+            yield Row(what, 1.0, ratio(ours, theirs) if ours and theirs else None)
 
 
 def _exact(value: float | None) -> Ratio | None:

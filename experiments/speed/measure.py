@@ -80,6 +80,26 @@ def compiled(
     )
 
 
+def in_direction(
+    name: str,
+    regions: int | None,
+    function: Callable[..., Any],
+    *args: Any,
+    direction: Direction,
+    dy: Any,
+    standard: bool = False,
+) -> Contender:
+    """`function`, or it and the gradients of all its arguments for the output's gradient dy."""
+    if direction == "forward":
+        return compiled(name, regions, direction, function, *args, standard=standard)
+
+    def both(dy: Any, *args: Any) -> Any:
+        y, pull = jax.vjp(function, *args)
+        return y, pull(dy)  # y is returned lest XLA leave the forward out
+
+    return compiled(name, regions, direction, both, dy, *args, standard=standard)
+
+
 def repeated(function: Callable[..., Any], calls: int) -> Callable[..., Any]:
     """`function` so many times in one program, each call waiting for all results of the last.
 

@@ -48,7 +48,7 @@ _MARK_HEADS = ("the mark", "mark", "measured", "quartiles", "met")
 def machine() -> dict[str, Any]:
     """What the figures hold for."""
     versions = {}
-    for name in ("jax", "jaxlib", "flax", "numpy", "torch", "libtpu", "drconv_jax"):
+    for name in ("jax", "jaxlib", "flax", "numpy", "torch", "torchvision", "libtpu", "drconv_jax"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -200,8 +200,9 @@ def _legend(measured: Measured, guide: str) -> str:
         "Medians over rounds in which every contender takes one turn (the median of up to five "
         "warm calls), in an order drawn anew; a slow one sits out the last rounds. A ratio is that "
         "of the medians to the case's best standard operation (the faster of convolution and "
-        "matrix product; nn.Conv for layers, the plain network for networks), its quartiles those "
-        "of the rounds' own ratios; `to fastest` is that to the fastest standard operation on this "
+        "matrix product; nn.Conv for layers, the plain network for networks, torchvision's for "
+        "detection), its quartiles those of the rounds' own ratios; `to fastest` is that to the "
+        "fastest standard operation on this "
         "machine, a product and PyTorch's among them. On an accelerator, a contender is "
         f"{DEVICE_CALLS} calls in one program, each waiting for the last, without `temp`; "
         "PyTorch's are as many eager calls, with whatever time its host takes. "

@@ -89,7 +89,7 @@ def find(
 
 
 def best_standard(results: Sequence[Result], case: Case, direction: Direction) -> Result | None:
-    """JAX's fastest standard operation of a case, by its median."""
+    """The fastest standard operation of a case, by its median."""
     found = [r for r in results if r.standard and (r.case, r.direction) == (case, direction)]
     return min(found, key=lambda r: r.median, default=None)
 

@@ -108,15 +108,20 @@ def _both_directions(
 
 
 def contender(
-    name: str, regions: int | None, direction: Direction, call: Callable[[], None]
+    name: str,
+    regions: int | None,
+    direction: Direction,
+    call: Callable[[], None],
+    *,
+    standard: bool = False,
 ) -> Contender:
     """One that calls PyTorch: on a GPU often, so that it waits for the last call alone."""
     if not torch.cuda.is_available():
-        return Contender(name, regions, direction, call)
+        return Contender(name, regions, direction, call, standard=standard)
 
     def run() -> None:
         for _ in range(DEVICE_CALLS):
             call()
         torch.cuda.synchronize()
 
-    return Contender(name, regions, direction, run, calls=DEVICE_CALLS)
+    return Contender(name, regions, direction, run, standard=standard, calls=DEVICE_CALLS)
