@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
@@ -55,10 +54,10 @@ class Anchors:
             )
         levels = []
         for level, (height, width) in enumerate(maps):
-            y = jnp.arange(height, dtype=jnp.float32) * (image[0] // height)
-            x = jnp.arange(width, dtype=jnp.float32) * (image[1] // width)
-            y, x = jnp.meshgrid(y, x, indexing="ij")
-            corners = jnp.stack([x, y, x, y], axis=-1)[:, :, None]
-            levels.append((corners + self.cell(level)[None, None]).reshape(-1, 4))
-        # Or else XLA would compute what depends on them alone when it compiles, in minutes.
-        return tuple(jax.lax.optimization_barrier(levels))
+            y = np.arange(height, dtype=np.float32) * (image[0] // height)
+            x = np.arange(width, dtype=np.float32) * (image[1] // width)
+            y, x = np.meshgrid(y, x, indexing="ij")
+            corners = np.stack([x, y, x, y], axis=-1)[:, :, None]
+            levels.append((corners + self.cell(level)).reshape(-1, 4))
+        # As arrays of a program: what is computed of nothing, compilers compute, in minutes.
+        return tuple(map(jnp.asarray, levels))
