@@ -292,6 +292,7 @@ def test_a_file_that_finds_objects_without_this_package(trained, data, call, tmp
         (["--canvas", 64, 90], "multiples of 32, got 64 90"),
         (["--platforms", "foo"], "--platforms: platforms must be some of"),
         (["--score", -1], "--score must be from 0 to 1"),
+        (["--format", "onnx"], "--format onnx: jax2onnx cannot convert"),
     ):
         status, _, err = call(export.main, run, *options)
         assert status == 2 and message in err

@@ -16,7 +16,8 @@ Its outputs, by name, with a slot for each of the objects that are found at most
 - masks, float16 (batch, objects, 28, 28), of a Mask R-CNN: probabilities within the boxes.
 
 Batch norms are folded into the convolutions before them. `drconv_jax.export.load_exported` runs the
-file, and so does jax.export without this package.
+file, and so does jax.export without this package. There are no ONNX files of detectors: jax2onnx
+cannot convert them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -56,6 +57,8 @@ class Arguments:
 
     run_dir: tyro.conf.Positional[commands.Path]
     """The run's folder."""
+    format: Literal["stablehlo", "onnx"] = "stablehlo"
+    """Of the file; onnx is refused."""
     out: commands.Path | None = None
     """The file to write; default: model.stablehlo in the run's folder."""
     canvas: tuple[int, int] | None = None
@@ -69,6 +72,11 @@ class Arguments:
     """Where the file shall run, as jax.export names them; gpu is cuda."""
 
     def __post_init__(self) -> None:
+        if self.format == "onnx":
+            raise UserError(
+                "--format onnx: jax2onnx cannot convert a detector's suppression of boxes; leave "
+                "the option out for a StableHLO file."
+            )
         try:
             platform_names(self.platforms)
         except ValueError as error:
