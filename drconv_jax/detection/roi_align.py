@@ -84,7 +84,7 @@ def multilevel_roi_align(
         sides = jnp.maximum(sides, 1)
     bins = sides / jnp.asarray(output_size, boxes.dtype)[None, None]
     if sampling_ratio < 1:
-        return jax.vmap(lambda *args: _adaptively(*args, output_size))(
+        return jax.vmap(lambda f, level, at, bin: _adaptively(f, level, at, bin, output_size))(
             features, levels, start, bins
         )
     shapes = np.array([f.shape[1:3] for f in features])

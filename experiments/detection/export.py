@@ -33,8 +33,8 @@ import numpy as np
 import tyro
 from jaxtyping import Array, Int, UInt8
 
-from drconv_jax.detection import boxes as geometry
 from drconv_jax.detection import normalize
+from drconv_jax.detection.boxes import iou
 from drconv_jax.export import PLATFORMS, export_model, load_exported, platform_names
 from drconv_jax.fold import fold_batch_norm
 from experiments.detection.canvases import photograph
@@ -169,14 +169,8 @@ def check(path: pathlib.Path, run: Run, variables: Any, canvas: Canvas) -> tuple
         patches = cells.astype(np.uint8).repeat(32, axis=1).repeat(32, axis=2)
         images = jnp.asarray(patches[:, : canvas.height, : canvas.width])
         sizes = jnp.asarray(np.tile(np.array(canvas, np.int32), (batch, 1)))
-        expected = jax.device_get(jax.jit(run)(variables, images, sizes))
-        found = jax.device_get(exported(images, sizes))
-        same += sum(
-            _found_again(
-                {n: a[i] for n, a in expected.items()}, {n: a[i] for n, a in found.items()}
-            )
-            for i in range(batch)
-        )
+        expected, found = jax.jit(run)(variables, images, sizes), exported(images, sizes)
+        same += int(jax.vmap(_found_again)(expected, found).sum())
         count += int((expected["labels"] > 0).sum())
     if same < _SAME_OBJECTS * count:
         path.unlink()
@@ -187,11 +181,11 @@ def check(path: pathlib.Path, run: Run, variables: Any, canvas: Canvas) -> tuple
     return same, count
 
 
-def _found_again(expected: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]) -> int:
+def _found_again(expected: Mapping[str, Array], found: Mapping[str, Array]) -> Int[Array, ""]:
     """How many of one image's objects are among those that were found."""
-    overlap = np.asarray(geometry.iou(expected["boxes"], found["boxes"]))
-    alike = (overlap >= _SAME_BOX) & (expected["labels"][:, None] == found["labels"][None])
-    return int((alike.any(axis=1) & (expected["labels"] > 0)).sum())
+    same_box = iou(expected["boxes"], found["boxes"]) >= _SAME_BOX
+    same_label = expected["labels"][:, None] == found["labels"][None]
+    return ((same_box & same_label).any(axis=1) & (expected["labels"] > 0)).sum()
 
 
 if __name__ == "__main__":

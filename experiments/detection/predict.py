@@ -126,12 +126,17 @@ class Finder:
             print(f"compiling for images of {canvas.height} x {canvas.width}", file=sys.stderr)
             self._compiled.add(canvas)
         sample = self._preparation.placed(image, canvas)
-        batch = {name: array[None] for name, array in sample.items()}
+        batch = {name: np.asarray(array)[None] for name, array in sample.items()}
         results = jax.device_get(self._evaluate(self._variables, batch))
-        own = {name: array[0] for name, array in results.items()}
-        ids = np.array([key for key, _ in self.categories])
         found = detections_of(
-            height, width, sample["size"], **({"masks": None} | own), category_ids=ids
+            height,
+            width,
+            batch["size"][0],
+            results["boxes"][0],
+            results["scores"][0],
+            results["labels"][0],
+            results["masks"][0] if "masks" in results else None,
+            np.array([key for key, _ in self.categories]),
         )
         names = dict(self.categories)
         return [{"category": names[d["category_id"]], **d} for d in found]

@@ -125,7 +125,8 @@ class Preparation:
 
     def placed(self, image: UInt8[np.ndarray, "height width 3"], canvas: Canvas) -> Arrays:
         """Resizes an image and puts it on a canvas: what evaluation has of it."""
-        size = self._size(*image.shape[:2], canvas)
+        height, width, _ = image.shape
+        size = self._size(height, width, canvas)
         return _on_canvas(resampling.resized(image, *size), canvas)
 
     def blank(self, canvas: Canvas) -> Arrays:

@@ -116,7 +116,7 @@ class Detection:
 
     def evaluate(self, variables: Variables, batch: DeviceBatch) -> dict[str, Array]:
         """What is found in each image, as `named` has it."""
-        found: Detections = self.model.apply(
+        found: Any = self.model.apply(
             variables, normalize(batch["image"], batch["size"]), batch["size"]
         )
         return named(found)
