@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
-from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 from drconv_jax.detection import heads, losses, rpn
 from drconv_jax.detection.anchors import Anchors
@@ -415,5 +415,5 @@ def _of(
     return jax.vmap(lambda v, i: v[i])(values, index)
 
 
-def _flat(values: Num[Array, "batch n *rest"]) -> Num[Array, " _ *rest"]:
+def _flat(values: Shaped[Array, "batch n *rest"]) -> Shaped[Array, " _ *rest"]:
     return values.reshape(-1, *values.shape[2:])

@@ -17,7 +17,7 @@ Its outputs, by name, with a slot for each of the objects that are found at most
 
 Batch norms are folded into the convolutions before them. `drconv_jax.export.load_exported` runs the
 file, and so does jax.export without this package. There are no ONNX files of detectors: jax2onnx
-cannot convert them.
+cannot convert the gathers that pick every image's own proposals.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ class Arguments:
     def __post_init__(self) -> None:
         if self.format == "onnx":
             raise UserError(
-                "--format onnx: jax2onnx cannot convert a detector's suppression of boxes; leave "
-                "the option out for a StableHLO file."
+                "--format onnx: jax2onnx cannot convert a detector, which picks other proposals in "
+                "every image; leave the option out for a StableHLO file."
             )
         try:
             platform_names(self.platforms)
