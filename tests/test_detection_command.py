@@ -299,8 +299,10 @@ def test_a_file_that_finds_objects_without_this_package(trained, data, env_, cal
 
 def test_a_file_that_finds_other_objects_is_removed(tmp_path):
     def run(corner, images, sizes):
-        boxes = jnp.broadcast_to(jnp.stack([corner, corner, *sizes[0, ::-1]]), (len(images), 1, 4))
-        return {"boxes": boxes.astype(jnp.float32), "labels": jnp.ones((len(images), 1), jnp.int32)}
+        batch = images.shape[0]  # len wants a number
+        boxes = jnp.stack([corner, corner, *sizes[0, ::-1]]).astype(jnp.float32)
+        labels = jnp.ones((batch, 1), jnp.int32)
+        return {"boxes": jnp.broadcast_to(boxes, (batch, 1, 4)), "labels": labels}
 
     path, canvas = tmp_path / "model.stablehlo", Canvas(64, 96)
     inputs = [
