@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array
 
 PLATFORMS = ("cpu", "tpu", "cuda")
 _KNOWN = (*PLATFORMS, "rocm")
@@ -18,9 +17,9 @@ _KNOWN = (*PLATFORMS, "rocm")
 
 def export_model(
     path: str | os.PathLike[str],
-    apply: Callable[[Any, Array], Any],
+    apply: Callable[..., Any],
     variables: Any,
-    input_shape: Sequence[int],
+    input_shape: Sequence[int] | Sequence[jax.ShapeDtypeStruct],
     *,
     dtype: DTypeLike = jnp.float32,
     platforms: Sequence[str] = PLATFORMS,
@@ -36,8 +35,9 @@ def export_model(
       path: the file, which is there whole or not at all; one that is there is replaced.
       apply: (variables, inputs) to outputs, such as `model.apply`, at inference.
       variables: kept in the file.
-      input_shape: of one sample, without the batch.
-      dtype: of the inputs.
+      input_shape: of one sample, without the batch; or, where apply takes several inputs, the shape
+        and dtype of each.
+      dtype: of the input; of no meaning where there are several.
       platforms: where it will run, as `jax.export` names them; "gpu" is "cuda".
 
     Raises:
@@ -45,9 +45,11 @@ def export_model(
     """
     platforms = platform_names(platforms)
     batch = jax.export.symbolic_shape("batch")
-    inputs = jax.ShapeDtypeStruct((*batch, *input_shape), dtype)
-    run = jax.jit(lambda inputs: apply(variables, inputs))
-    exported = jax.export.export(run, platforms=platforms)(inputs)
+    samples = [s for s in input_shape if isinstance(s, jax.ShapeDtypeStruct)]
+    samples = samples or [jax.ShapeDtypeStruct(tuple(input_shape), dtype)]
+    inputs = [jax.ShapeDtypeStruct((*batch, *sample.shape), sample.dtype) for sample in samples]
+    run = jax.jit(lambda *inputs: apply(variables, *inputs))
+    exported = jax.export.export(run, platforms=platforms)(*inputs)
     path = pathlib.Path(path)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
@@ -70,8 +72,8 @@ def platform_names(platforms: Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-def load_exported(path: str | os.PathLike[str]) -> Callable[[Array], Any]:
-    """The network in a file of `export_model`, as a function of inputs with a batch axis.
+def load_exported(path: str | os.PathLike[str]) -> Callable[..., Any]:
+    """The network in a file of `export_model`, as a function of its inputs with a batch axis.
 
     Raises:
       OSError: the file cannot be read.
@@ -82,5 +84,5 @@ def load_exported(path: str | os.PathLike[str]) -> Callable[[Array], Any]:
         exported = jax.export.deserialize(bytearray(data))
     except Exception as error:  # flatbuffers fails in as many ways as there are wrong bytes
         raise ValueError(f'"{path}" is no network that jax.export wrote, or not whole.') from error
-    run: Callable[[Array], Any] = jax.jit(exported.call)
+    run: Callable[..., Any] = jax.jit(exported.call)
     return run

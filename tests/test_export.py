@@ -53,6 +53,15 @@ def test_a_wrong_file_is_refused(tmp_path):
             load_exported(path)
 
 
+def test_several_inputs(tmp_path):
+    path = tmp_path / "model.stablehlo"
+    inputs = [jax.ShapeDtypeStruct((3,), jnp.float32), jax.ShapeDtypeStruct((), jnp.int32)]
+    export_model(path, lambda w, x, n: {"y": w * x, "n": n + 1}, jnp.float32(2), inputs)
+    found = load_exported(path)(jnp.ones((5, 3)), jnp.arange(5))
+    np.testing.assert_array_equal(found["y"], np.full((5, 3), 2))
+    assert found["n"].tolist() == [1, 2, 3, 4, 5]
+
+
 def test_platforms(tmp_path):
     path = tmp_path / "model.stablehlo"
     export_model(path, lambda w, x: x + w, jnp.ones(()), (3,), platforms=["gpu", "cpu", "cuda"])

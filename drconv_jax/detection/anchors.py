@@ -56,8 +56,8 @@ class Anchors:
         for level, (height, width) in enumerate(maps):
             y = np.arange(height, dtype=np.float32) * (image[0] // height)
             x = np.arange(width, dtype=np.float32) * (image[1] // width)
-            y, x = np.meshgrid(y, x, indexing="ij")
-            corners = np.stack([x, y, x, y], axis=-1)[:, :, None]
+            rows, columns = np.meshgrid(y, x, indexing="ij")
+            corners = np.stack([columns, rows, columns, rows], axis=-1)[:, :, None]
             levels.append((corners + self.cell(level)).reshape(-1, 4))
         # As arrays of a program: what is computed of nothing, compilers compute, in minutes.
         return tuple(map(jnp.asarray, levels))

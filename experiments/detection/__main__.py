@@ -15,11 +15,10 @@ import pathlib
 from typing import Annotated
 
 import jax
-import numpy as np
 import tyro
 
 from experiments.detection import coco, evaluation, report
-from experiments.detection.canvases import Canvases
+from experiments.detection.canvases import photograph
 from experiments.detection.config import PRESETS, Config, Preset
 from experiments.detection.feed import CocoImages
 from experiments.detection.task import Detection, DetectorEvaluation
@@ -126,10 +125,7 @@ def set_up(config: Config, loading: Loading) -> Setup:
 def _task_without_data(arguments: Arguments) -> Detection:
     config = arguments.config
     model = config.model.build(arguments.classes)
-    # Photographs, which lie on the same canvases whether they are upright or lying.
-    canvases = Canvases.of(
-        np.array([480]), np.array([640]), config.min_size, config.max_size
-    ).shapes
+    canvases = (photograph(config.min_size, config.max_size),)
     return Detection(model, config.preparation, canvases, canvases, freeze=config.train.freeze)
 
 

@@ -114,6 +114,12 @@ class Canvases:
         return None
 
 
+def photograph(min_size: int, max_size: int) -> Canvas:
+    """The canvas of a lying photograph, of 4:3; for the sizes, see `Canvases.of`."""
+    (canvas,) = Canvases.of(np.array([480]), np.array([640]), min_size, max_size).shapes
+    return canvas
+
+
 def _shapes(min_size: int, max_size: int) -> list[Canvas]:
     short = _up(min_size)
     longs = {short, min(_up(math.ceil(min_size * _PHOTOGRAPH)), _up(max_size)), _up(max_size)}

@@ -22,11 +22,11 @@ from experiments.runtime.files import replacing
 from experiments.runtime.sources.splits import count_of, digest_of, evenly_spread
 from experiments.runtime.sources.trees import (
     Folder,
-    _files_below,
-    _FolderReader,
-    _parts_in_zip,
-    _Reader,
-    _ZipReader,
+    FolderReader,
+    Reader,
+    ZipReader,
+    files_below,
+    parts_in_zip,
 )
 
 # Of the files in which parsed annotations are kept; another number means that none of them is read.
@@ -61,7 +61,7 @@ class CocoSplit:
 
     annotations: Annotations
     files: Sequence[str]
-    reader: _Reader
+    reader: Reader
     json_file: str
 
     def __len__(self) -> int:
@@ -201,15 +201,15 @@ class _Tree(NamedTuple):
     """Files in a folder or a zip, by the folders that they are in and their own name."""
 
     root: pathlib.Path
-    reader: _Reader
+    reader: Reader
     files: Mapping[Folder, str]
 
     @classmethod
     def open(cls, root: pathlib.Path) -> _Tree:
-        reader: _Reader
+        reader: Reader
         if root.is_dir():
-            reader = _FolderReader(root)
-            return cls(root, reader, {reader.parts(n): n for n in _files_below(root)[0]})
+            reader = FolderReader(root)
+            return cls(root, reader, {reader.parts(n): n for n in files_below(root)[0]})
         if not root.exists():
             raise UserError(f'there is no "{root}".')
         try:
@@ -219,8 +219,8 @@ class _Tree(NamedTuple):
             raise UserError(
                 f'"{root}" is neither a folder nor a zip file that can be read.'
             ) from None
-        reader = _ZipReader(root)
-        return cls(root, reader, {_parts_in_zip(name): name for name in names})
+        reader = ZipReader(root)
+        return cls(root, reader, {parts_in_zip(name): name for name in names})
 
 
 def _split(
@@ -300,7 +300,7 @@ def _with_files(found: Annotations, images: _Tree, folder: Folder, json_file: st
     files: list[str] = []
     missing: list[int] = []
     for number, name in enumerate(found.file_names.tolist()):
-        parts = _parts_in_zip(name)
+        parts = parts_in_zip(name)
         file = images.files.get(folder + parts) or images.files.get(folder[:-1] + parts)
         if file is None:
             missing.append(number)

@@ -127,24 +127,53 @@ def results_of(
         seen.append(int(annotations.image_ids[image]))
         if image in broken:
             continue
-        height, width = int(annotations.heights[image]), int(annotations.widths[image])
-        old = np.array([width, height], np.float32) / size[row, ::-1].astype(np.float32)
-        for d in np.flatnonzero(labels[row] > 0):
-            box = boxes[row, d].astype(np.float32) * np.tile(old, 2)
-            x1, y1, x2, y2 = box.astype(np.float64).tolist()
-            detection = {
-                "image_id": seen[-1],
-                "category_id": int(annotations.category_ids[labels[row, d] - 1]),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "score": float(scores[row, d]),
-            }
-            if masks is not None:
-                detection["segmentation"] = {
-                    "size": [height, width],
-                    "counts": pasted(masks[row, d].astype(np.float32), box, height, width).decode(),
-                }
-            found.append(detection)
+        own = detections_of(
+            int(annotations.heights[image]),
+            int(annotations.widths[image]),
+            size[row],
+            boxes[row],
+            scores[row],
+            labels[row],
+            None if masks is None else masks[row],
+            annotations.category_ids,
+        )
+        found += [{"image_id": seen[-1], **detection} for detection in own]
     return Results(tuple(seen), found)
+
+
+def detections_of(
+    height: int,
+    width: int,
+    size: Int[np.ndarray, 2],
+    boxes: Float[np.ndarray, "D 4"],
+    scores: Float[np.ndarray, D],
+    labels: Int[np.ndarray, D],
+    masks: Float[np.ndarray, "D M M"] | None,
+    category_ids: Int[np.ndarray, K],
+) -> list[dict[str, Any]]:
+    """One image's detections in its own frame: category_id, bbox, score, and segmentation.
+
+    Args:
+      height, width: of the image before it was resized.
+      size: height and width on its canvas.
+      boxes, scores, labels, masks: as of `results_of`.
+      category_ids: in the order of the labels.
+    """
+    old = np.array([width, height], np.float32) / size[::-1].astype(np.float32)
+    found = []
+    for d in np.flatnonzero(labels > 0):
+        box = boxes[d].astype(np.float32) * np.tile(old, 2)
+        x1, y1, x2, y2 = box.astype(np.float64).tolist()
+        detection = {
+            "category_id": int(category_ids[labels[d] - 1]),
+            "bbox": [x1, y1, x2 - x1, y2 - y1],
+            "score": float(scores[d]),
+        }
+        if masks is not None:
+            code = pasted(masks[d].astype(np.float32), box, height, width).decode()
+            detection["segmentation"] = {"size": [height, width], "counts": code}
+        found.append(detection)
+    return found
 
 
 def pasted(

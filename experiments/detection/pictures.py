@@ -40,6 +40,7 @@ def draw_objects(
     path: pathlib.Path,
     images: Sequence[UInt8[np.ndarray, "_ _ 3"]],
     rows: Mapping[str, Sequence[Found]],
+    inches: float = 3.2,
 ) -> None:
     """Draws images with boxes, masks and names, one column an image.
 
@@ -47,10 +48,11 @@ def draw_objects(
       path: the picture.
       images: in any size.
       rows: what to draw on each of them, by the title of a row.
+      inches: an image's side in the picture.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(3.2 * len(images), 3.2 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(inches * len(images), inches * len(rows)), layout="constrained")
     axes = figure.subplots(len(rows), len(images), squeeze=False)
     for row, (title, founds) in enumerate(rows.items()):
         for column, (image, found) in enumerate(zip(images, founds, strict=True)):

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Float32, UInt8
-from PIL import Image, UnidentifiedImageError
 
 from experiments.detection import resampling
 from experiments.detection.annotations import Objects
-from experiments.runtime.errors import reason
-from experiments.runtime.images import _UPRIGHT, BrokenImageError, _orientation, as_rgb
+from experiments.runtime.images import UPRIGHT, BrokenImageError, as_rgb, exif_orientation, opened
 from experiments.runtime.pipeline import Arrays
 from experiments.runtime.task import BatchShapes
 
@@ -124,8 +121,13 @@ class Preparation:
         Raises:
           BrokenImageError: the image cannot be decoded, or has another size.
         """
+        return self.placed(decode(content, height, width), canvas)
+
+    def placed(self, image: UInt8[np.ndarray, "height width 3"], canvas: Canvas) -> Arrays:
+        """Resizes an image and puts it on a canvas: what evaluation has of it."""
+        height, width, _ = image.shape
         size = self._size(height, width, canvas)
-        return _on_canvas(resampling.resized(decode(content, height, width), *size), canvas)
+        return _on_canvas(resampling.resized(image, *size), canvas)
 
     def blank(self, canvas: Canvas) -> Arrays:
         """What evaluation has in the place of an image: a black one, as large as the canvas."""
@@ -177,21 +179,14 @@ def decode(content: bytes, height: int, width: int) -> UInt8[np.ndarray, "height
     Raises:
       BrokenImageError: it cannot be decoded, or has another size.
     """
-    if not content:
-        raise BrokenImageError("the file is empty")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-            rgb = as_rgb(image)
-            orientation = _orientation(image)
-            turned = orientation >= 5  # by a quarter, so that height and width change places
-            stored = image.size == (width, height)
-            if orientation != 1 and (not turned or height == width or not stored):
-                rgb = rgb.transpose(_UPRIGHT[orientation])
-    except UnidentifiedImageError:
-        raise BrokenImageError("it is not an image of a format that Pillow reads") from None
-    except Exception as error:  # of any kind: one broken image never stops a run
-        raise BrokenImageError(reason(error)) from None
+    with opened(content) as image:
+        image.load()
+        rgb = as_rgb(image)
+        orientation = exif_orientation(image)
+        turned = orientation >= 5  # by a quarter, so that height and width change places
+        stored = image.size == (width, height)
+        if orientation != 1 and (not turned or height == width or not stored):
+            rgb = rgb.transpose(UPRIGHT[orientation])
     if rgb.size != (width, height):
         raise BrokenImageError(
             f"it has {rgb.height} x {rgb.width} pixels (height x width), but {height} x {width} in "

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from drconv_jax.detection import FasterRCNN, MaskRCNN, Objects, as_backbone, normalize
+from drconv_jax.detection import Detections, FasterRCNN, MaskRCNN, Objects, as_backbone, normalize
 from drconv_jax.weights import LoadReport, load_matching
 from experiments.detection import evaluation
 from experiments.detection.annotations import Annotations
@@ -115,14 +115,11 @@ class Detection:
         return sum(losses.values(), start=jnp.zeros(())), (batch_stats, losses)
 
     def evaluate(self, variables: Variables, batch: DeviceBatch) -> dict[str, Array]:
-        """What is found in each image: "boxes", "scores", "labels", and "masks" in bytes."""
+        """What is found in each image, as `named` has it."""
         found: Any = self.model.apply(
             variables, normalize(batch["image"], batch["size"]), batch["size"]
         )
-        results = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
-        if found.masks is not None:
-            results["masks"] = found.masks.astype(jnp.float16)
-        return results
+        return named(found)
 
     def evaluation(self) -> DetectorEvaluation:
         """COCO's metrics of the whole held-out split."""
@@ -131,6 +128,14 @@ class Detection:
         if isinstance(self.model, MaskRCNN):
             kinds = ("bbox", "segm")
         return DetectorEvaluation(self.annotations, kinds, self.evaluator, self.seen)
+
+
+def named(found: Detections) -> dict[str, Array]:
+    """Detections as "boxes", "scores", "labels", and, where there are any, "masks" in float16."""
+    results = {"boxes": found.boxes, "scores": found.scores, "labels": found.labels}
+    if found.masks is not None:
+        results["masks"] = found.masks.astype(jnp.float16)
+    return results
 
 
 class DetectorEvaluation:

@@ -6,21 +6,16 @@ import json
 import pathlib
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from drconv_jax.detection import FasterRCNN
-from experiments.classification.config import Config as ClassifierConfig
-from experiments.classification.task import Classification
+from experiments.classification.trained import trained_network
 from experiments.detection.config import Config
 from experiments.detection.task import Detection
-from experiments.runtime import mesh as meshes
 from experiments.runtime import run_folder
-from experiments.runtime.checkpoints import Checkpoints
 from experiments.runtime.errors import UserError
-from experiments.runtime.recipes import Recipe
-from experiments.runtime.task import Task, Variables
-from experiments.runtime.training import program
+from experiments.runtime.loop import trained_variables
+from experiments.runtime.task import Variables
 
 
 class Detector(NamedTuple):
@@ -53,7 +48,7 @@ def read_detector(option: str, run_dir: pathlib.Path) -> Detector:
     categories = _read_json(option, run_dir / "categories.json")
     model = config.model.build(len(categories))
     task = Detection(model, config.preparation, (), freeze=config.train.freeze)
-    variables = _newest(option, run_dir, task, config.train, config.checkpoint.keep)
+    variables = trained_variables(task, config.train, run_dir, option)
     return Detector(config, model, variables, [(key, name) for key, name in categories])
 
 
@@ -71,10 +66,7 @@ def read_backbone(path: pathlib.Path) -> Variables:
         if (path / "categories.json").exists():
             variables = read_detector("--init", path).variables
             return {name: tree["backbone"] for name, tree in variables.items() if tree}
-        config = run_folder.read_config(ClassifierConfig, "--init", path)
-        classes = _read_json("--init", path / "classes.json")
-        task = Classification(config.model.build(len(classes)), config.image_size)
-        return _newest("--init", path, task, config.train, config.checkpoint.keep)
+        return trained_network(path, "--init").variables
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -91,21 +83,6 @@ def read_backbone(path: pathlib.Path) -> Variables:
         for folder in folders:
             place = place.setdefault(folder, {})
         place[last] = jnp.asarray(array)
-    return variables
-
-
-def _newest(
-    option: str, run_dir: pathlib.Path, task: Task, recipe: Recipe, keep: int
-) -> dict[str, Any]:
-    mesh = meshes.make_mesh(devices=jax.devices()[:1])
-    like = program(task, recipe, mesh, steps_per_epoch=1).state
-    checkpoints = Checkpoints(run_dir, keep, read_only=True)
-    restored = checkpoints.restore(like)
-    checkpoints.close()
-    if restored is None:
-        raise UserError(f'{option}: the run in "{run_dir}" has no checkpoint yet.')
-    state, _ = restored
-    variables: dict[str, Any] = state.variables if state.average is None else state.average
     return variables
 
 

@@ -59,6 +59,11 @@ def main() -> None:
     with commands.running():
         arguments = tyro.cli(Arguments, prog="python -m experiments.export", description=__doc__)
         out = arguments.out or arguments.run_dir / f"model.{arguments.format}"
+        if (arguments.run_dir / "categories.json").exists():
+            raise UserError(
+                f'RUN-DIR: the run in "{arguments.run_dir}" is of a detector; export it with '
+                f"python -m experiments.detection.export {arguments.run_dir}."
+            )
         onnx = arguments.format == "onnx"
         network = trained_network(arguments.run_dir, "RUN-DIR", in_float32=onnx)
         run, variables = logits_of(network, fold=arguments.fold)

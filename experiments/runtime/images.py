@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import numpy as np
@@ -22,7 +23,7 @@ _SCALE, _RATIO = (0.08, 1.0), (3 / 4, 4 / 3)
 # The share of the shorter side that a centre crop keeps: 224 of 256.
 _CENTRE = 0.875
 # How a picture is turned upright, by the orientation that its EXIF block tells.
-_UPRIGHT = {
+UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -35,6 +36,36 @@ _UPRIGHT = {
 
 class BrokenImageError(Exception):
     """An image cannot be decoded; the message says why."""
+
+
+@contextlib.contextmanager
+def opened(content: bytes) -> Iterator[Image.Image]:
+    """Opens an encoded image.
+
+    Raises:
+      BrokenImageError: it cannot be decoded, now or in the block within.
+    """
+    if not content:
+        raise BrokenImageError("the file is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            yield image
+    except UnidentifiedImageError:
+        raise BrokenImageError("it is not an image of a format that Pillow reads") from None
+    except Exception as error:  # of any kind: one broken image never stops a run
+        raise BrokenImageError(reason(error)) from None
+
+
+def upright(content: bytes) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes an image as it is to be looked at, in RGB.
+
+    Raises:
+      BrokenImageError: it cannot be decoded.
+    """
+    with opened(content) as image:
+        image.load()  # some formats know their orientation only then
+        rgb, orientation = as_rgb(image), exif_orientation(image)
+        return np.asarray(rgb if orientation == 1 else rgb.transpose(UPRIGHT[orientation]))
 
 
 def squashed(content: bytes, size: int) -> Pixels:
@@ -129,21 +160,14 @@ def _cut_out(content: bytes, size: int, box_of: Callable[[int, int], _Box]) -> P
     Raises:
       BrokenImageError: it cannot be decoded.
     """
-    if not content:
-        raise BrokenImageError("the file is empty")
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            return _part(image, size, box_of)
-    except UnidentifiedImageError:
-        raise BrokenImageError("it is not an image of a format that Pillow reads") from None
-    except Exception as error:  # of any kind: one broken image never stops a run
-        raise BrokenImageError(reason(error)) from None
+    with opened(content) as image:
+        return _part(image, size, box_of)
 
 
 def _part(image: Image.Image, size: int, box_of: Callable[[int, int], _Box]) -> Pixels:
     if image.format not in ("JPEG", "MPO"):
         image.load()  # other formats may know their orientation, or even their size, only then
-    orientation = _orientation(image)
+    orientation = exif_orientation(image)
     height, width = image.size if orientation >= 5 else image.size[::-1]
     box = box_of(width, height)
     # A JPEG is decoded at 1/2, 1/4 or 1/8 where that still has all the pixels that are kept.
@@ -152,7 +176,7 @@ def _part(image: Image.Image, size: int, box_of: Callable[[int, int], _Box]) -> 
         image.draft("RGB", (image.width // factor, image.height // factor))
     image = as_rgb(image)
     if orientation != 1:
-        image = image.transpose(_UPRIGHT[orientation])
+        image = image.transpose(UPRIGHT[orientation])
     scale_x, scale_y = image.width / width, image.height / height
     box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
     if box != (0, 0, size, size) or image.size != (size, size):
@@ -160,13 +184,13 @@ def _part(image: Image.Image, size: int, box_of: Callable[[int, int], _Box]) -> 
     return np.asarray(image)
 
 
-def _orientation(image: Image.Image) -> int:
+def exif_orientation(image: Image.Image) -> int:
     """As the EXIF block tells it; 1 is upright."""
     try:
         orientation = int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception:  # of many kinds; a picture is no worse for a damaged EXIF block
         return 1
-    return orientation if orientation in _UPRIGHT else 1
+    return orientation if orientation in UPRIGHT else 1
 
 
 def _from_numbers(image: Image.Image) -> Image.Image:

@@ -54,7 +54,7 @@ def held(folder: pathlib.Path, option: str, *, new: bool = False) -> Iterator[pa
     with contextlib.ExitStack() as locks:
         try:
             if new:
-                folder = _made_anew(folder)
+                folder = made_anew(folder)
             if new or not folder.exists():
                 made.insert(0, folder)
             folder.mkdir(parents=True, exist_ok=True)
@@ -68,6 +68,16 @@ def held(folder: pathlib.Path, option: str, *, new: bool = False) -> Iterator[pa
             yield folder
         finally:
             _unmake(folder, made, locks)
+
+
+def made_anew(folder: pathlib.Path) -> pathlib.Path:
+    """Makes the first folder of this name, and with -2, -3, ... behind it, that is not there."""
+    for number in itertools.count(1):
+        path = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError
 
 
 def write_config(folder: pathlib.Path, config: Any) -> None:
@@ -173,16 +183,6 @@ def _unmake(folder: pathlib.Path, made: list[pathlib.Path], locks: contextlib.Ex
             (folder / _LOCK).unlink(missing_ok=True)
             for path in made:
                 path.rmdir()
-
-
-def _made_anew(folder: pathlib.Path) -> pathlib.Path:
-    """Makes the first folder of this name, and with -2, -3, ... behind it, that is not there."""
-    for number in itertools.count(1):
-        path = folder.with_name(f"{folder.name}-{number}") if number > 1 else folder
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-    raise AssertionError
 
 
 def _lock(folder: pathlib.Path, option: str, locks: contextlib.ExitStack) -> None:

@@ -51,21 +51,23 @@ def folder(path: pathlib.Path) -> Dataset:
     if not path.exists():
         raise UserError(f'there is no "{path}".')
     if path.is_dir():
-        names, left_out = _files_below(path)
-        return _dataset(str(path), names, _FolderReader(path), left_out)
+        names, left_out = files_below(path)
+        return _dataset(str(path), names, FolderReader(path), left_out)
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
             # One file may stand under two spellings of its path.
-            spelt = {_parts_in_zip(name): name for name in members}
+            spelt = {parts_in_zip(name): name for name in members}
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         raise UserError(f'"{path}" is neither a folder nor a zip file that can be read.') from None
     if members and all(info.flag_bits & 1 for info in members.values()):
         raise UserError(f'"{path}" is encrypted; give a zip without a password, or a folder.')
-    return _dataset(str(path), sorted(spelt.values()), _ZipReader(path), [])
+    return _dataset(str(path), sorted(spelt.values()), ZipReader(path), [])
 
 
-class _Reader(Protocol):
+class Reader(Protocol):
+    """Reads the files of a tree by their names in it, from any thread."""
+
     def read(self, name: str) -> bytes:
         """The content of a file."""
 
@@ -77,23 +79,32 @@ class _Reader(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class _FolderReader:
+class FolderReader:
+    """Reads files below a folder.
+
+    Attributes:
+      root: the folder.
+    """
+
     root: pathlib.Path
 
     def read(self, name: str) -> bytes:
+        """See `Reader`."""
         return read_file(self.root / name, self.root)
 
     def size(self, name: str) -> int | None:
+        """See `Reader`."""
         try:
             return (self.root / name).stat().st_size
         except OSError:
             return None
 
     def parts(self, name: str) -> Folder:
+        """See `Reader`."""
         return tuple(name.split("/"))
 
 
-class _ZipReader:
+class ZipReader:
     """Reads members of a zip file, which every process opens for itself."""
 
     def __init__(self, path: pathlib.Path, stamp: tuple[int, int] | None = None):
@@ -103,6 +114,12 @@ class _ZipReader:
         self._lock = threading.Lock()
 
     def read(self, name: str) -> bytes:
+        """See `Reader`.
+
+        Raises:
+          DataLost: the file is gone, or another.
+          Exception: this member cannot be read.
+        """
         try:
             with self._lock:
                 return self._opened().read(name)
@@ -116,11 +133,13 @@ class _ZipReader:
             raise
 
     def size(self, name: str) -> int | None:
+        """See `Reader`."""
         with self._lock:
             return self._opened().getinfo(name).file_size
 
     def parts(self, name: str) -> Folder:
-        return _parts_in_zip(name)
+        """See `Reader`."""
+        return parts_in_zip(name)
 
     def _opened(self) -> zipfile.ZipFile:
         if self._archive is None:
@@ -138,7 +157,7 @@ class _ZipReader:
         return found.st_size, found.st_mtime_ns
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _ZipReader, (self._path, self._stamp)
+        return ZipReader, (self._path, self._stamp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,7 +173,7 @@ class _FileSplit:
     names: Sequence[str]
     labels: Int[np.ndarray, count]
     depth: int
-    reader: _Reader
+    reader: Reader
 
     def __len__(self) -> int:
         return len(self.names)
@@ -183,7 +202,7 @@ class _Found(NamedTuple):
     names: list[str]
 
 
-def _dataset(where: str, names: Iterable[str], reader: _Reader, left_out: list[str]) -> Dataset:
+def _dataset(where: str, names: Iterable[str], reader: Reader, left_out: list[str]) -> Dataset:
     images: dict[Folder, list[str]] = collections.defaultdict(list)
     others: collections.Counter[str] = collections.Counter()
     for name in names:
@@ -310,7 +329,7 @@ def _is_hidden(name: str) -> bool:
     return name.startswith(".") or name in ("__MACOSX", "Thumbs.db", "desktop.ini")
 
 
-def _parts_in_zip(name: str) -> Folder:
+def parts_in_zip(name: str) -> Folder:
     """The folders and the file of a path in a zip.
 
     Old Windows programs write zips with backslashes; what leads out of a zip leads nowhere.
@@ -319,7 +338,7 @@ def _parts_in_zip(name: str) -> Folder:
     return tuple(part for part in parts if part not in ("", ".", ".."))
 
 
-def _files_below(root: pathlib.Path) -> tuple[list[str], list[str]]:
+def files_below(root: pathlib.Path) -> tuple[list[str], list[str]]:
     """The files below a folder, by their paths within it, and what could not be looked at."""
     names: list[str] = []
     left_out: list[str] = []
