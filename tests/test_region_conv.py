@@ -274,7 +274,7 @@ def few(examples):
 
 
 @pytest.mark.parametrize("implementation", [*FAST, "select"])
-@few(16)
+@few(10)
 @given(case=cases())
 def test_every_implementation_agrees_with_the_definition(implementation, case):
     arguments, kw, dy = draw(**case)
@@ -329,7 +329,7 @@ def test_nan_in_the_guide_gives_a_region_and_shows_in_its_gradient(implementatio
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@few(8)
+@few(5)
 @given(case=cases(regions=1))
 def test_one_region_is_a_convolution_per_sample(case):
     (x, filters, guide), kw, _ = draw(**case)
@@ -340,7 +340,7 @@ def test_one_region_is_a_convolution_per_sample(case):
         np.testing.assert_allclose(y[b], alone, rtol=1e-4, atol=1e-5)
 
 
-@few(8)
+@few(5)
 @given(case=cases(regions=4), order=st.permutations(range(4)))
 def test_permuting_regions_changes_nothing(case, order):
     (x, filters, guide), kw, dy = draw(**case)
@@ -350,7 +350,7 @@ def test_permuting_regions_changes_nothing(case, order):
     assert_agree(permuted, (y, dx, dfilters[:, order], dguide[..., order]), 2e-6)
 
 
-@few(8)
+@few(5)
 @given(case=cases(strides=1, padding="CIRCULAR"), shift=st.integers(1, 4))
 def test_translation_under_circular_padding(case, shift):
     (x, filters, guide), kw, _ = draw(**case)
@@ -360,7 +360,7 @@ def test_translation_under_circular_padding(case, shift):
     np.testing.assert_allclose(rolled, jnp.roll(y, shift, axes), rtol=1e-5, atol=1e-5)
 
 
-@few(8)
+@few(5)
 @given(case=cases(batch=3))
 def test_samples_do_not_affect_each_other(case):
     arguments, kw, dy = draw(**case)
