@@ -48,7 +48,7 @@ def value_and_gradients(function, *args):
     return y, vjp(normal(9, y.shape).astype(y.dtype))
 
 
-@settings(max_examples=6, deadline=None, derandomize=True)
+@settings(max_examples=4, deadline=None, derandomize=True)
 @given(
     kind=st.sampled_from(list(KINDS)),
     rank=st.integers(1, 3),
@@ -87,7 +87,7 @@ def test_it_computes_in_float64(kind):
         chex.assert_trees_all_close(got, expected, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=3, deadline=None, derandomize=True)
 @given(
     rank=st.integers(1, 3),
     window=st.integers(1, 3),

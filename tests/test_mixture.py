@@ -34,7 +34,7 @@ def in_float64(mixture):
     return (weights[..., None, None] * bank[None]).sum(-3) + bias[None]
 
 
-@few(10)
+@few(6)
 @given(
     seed=st.integers(0, 2**32 - 1),
     kernel=st.lists(st.integers(1, 3), min_size=1, max_size=3).map(tuple),
@@ -92,7 +92,7 @@ def assert_like_reference(args, dy, how, tolerance, implementation=None):
         assert np.abs(a - b).max(initial=0) <= tolerance * np.abs(b).max(initial=1)
 
 
-@few(5)
+@few(3)
 @given(
     seed=st.integers(0, 2**32 - 1),
     batch=st.integers(0, 9),

@@ -105,6 +105,6 @@ def export_torch(detector: FasterRCNN, variables: Mapping[str, Any]) -> dict[str
 
 _TABLES: Mapping[type[nn.Module], Callable[[Any, Mapping[str, np.ndarray]], Sequence[Entry]]] = {
     DRConv: entries_of_drconv,
-    FasterRCNN: entries_of_detector,
     **dict.fromkeys(NETWORKS, entries_of_network),
+    FasterRCNN: entries_of_detector,
 }
