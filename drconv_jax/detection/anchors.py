@@ -59,5 +59,5 @@ class Anchors:
             rows, columns = np.meshgrid(y, x, indexing="ij")
             corners = np.stack([columns, rows, columns, rows], axis=-1)[:, :, None]
             levels.append((corners + self.cell(level)).reshape(-1, 4))
-        # As arrays of a program: what is computed of nothing, compilers compute, in minutes.
+        # Made by numpy: XLA would compute them itself while it compiles, which took it a minute.
         return tuple(map(jnp.asarray, levels))

@@ -317,6 +317,7 @@ class MaskRCNN(FasterRCNN):
 
     Attributes:
       mask_features: of the mask head's convolutions.
+      mask_upsampled: features of its convolution to twice the size.
     """
 
     mask_features: tuple[int, ...] = (256, 256, 256, 256)
