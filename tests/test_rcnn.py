@@ -3,6 +3,7 @@
 import functools
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -429,15 +430,24 @@ def test_images_without_objects_and_empty_slots_train_too(dtype):
 def test_on_a_mesh_it_is_what_it_is_on_one_device(mesh, axis_type):
     if axis_type != jax.sharding.AxisType.Auto:
         pytest.skip("gathers of detection leave sharding to XLA")
-    model = tiny(batch_norm="live")
+    model = tiny(MaskRCNN, batch_norm="live", batch_axes=("data",))
     images, sizes, objects = scene()
-    objects = objects._replace(masks=None)
     variables = jax.jit(model.init)(KEY, images[:1], sizes[:1])
     run = jax.jit(jax.value_and_grad(lambda *args: loss_of(model, *args), has_aux=True))
     expected = run(variables, images, sizes, objects)
     by_batch = NamedSharding(mesh, PartitionSpec("data"))
     split = jax.tree.map(lambda a: jax.device_put(a, by_batch), (images, sizes, objects))
-    ours = run(jax.device_put(variables, NamedSharding(mesh, PartitionSpec())), *split)
+    whole = jax.device_put(variables, NamedSharding(mesh, PartitionSpec()))
+    with jax.set_mesh(mesh):
+        program = run.lower(whole, *split).compile()
+        found = jax.jit(model.apply)(whole, *split[:2])
+    ours = program(whole, *split)
+    # Devices ask each other for sums over the batch, of losses, statistics and gradients, alone.
+    messages = re.findall(r" (all-\w+|collective-\w+)\(.*?op_name=\"(.*?)\"", program.as_text())
+    assert {kind for kind, _ in messages} == {"all-reduce"}
+    assert not [name for _, name in messages if "while" in name]
+    alone = jax.jit(model.apply)(variables, images, sizes)
+    np.testing.assert_array_equal(found.labels, alone.labels)
     jax.tree.map(functools.partial(assert_near, tolerance=1e-5), ours[0], expected[0])
     # Batch norm makes some gradients nothing but rounding: they are held to the largest of all.
     scale = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected[1]))

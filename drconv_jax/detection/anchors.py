@@ -5,9 +5,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Anchors:
 
     def __call__(
         self, image: tuple[int, int], maps: Sequence[tuple[int, int]]
-    ) -> tuple[Float[Array, "_ 4"], ...]:
+    ) -> tuple[Float[np.ndarray, "_ 4"], ...]:
         """The anchors of every level, by row, column and `cell`.
 
         Args:
@@ -59,5 +58,5 @@ class Anchors:
             rows, columns = np.meshgrid(y, x, indexing="ij")
             corners = np.stack([columns, rows, columns, rows], axis=-1)[:, :, None]
             levels.append((corners + self.cell(level)).reshape(-1, 4))
-        # Made by numpy: XLA would compute them itself while it compiles, which took it a minute.
-        return tuple(map(jnp.asarray, levels))
+        # Of numpy: XLA would compute them itself while it compiles, which took it a minute.
+        return tuple(levels)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from drconv_jax.detection.boxes import iou
+from drconv_jax.region_conv.sharding import varying_like
 
 _BLOCK = 128  # boxes that are decided upon together
 
@@ -76,7 +77,8 @@ def nms(
         return (block * _BLOCK < count) & (size < limit)
 
     zero = jnp.zeros((), jnp.int32)
-    _, kept, size = jax.lax.while_loop(undecided, decide, (zero, jnp.zeros(limit, jnp.int32), zero))
+    none = varying_like((zero, jnp.zeros(limit, jnp.int32), zero), boxes, scores)
+    _, kept, size = jax.lax.while_loop(undecided, decide, none)
     return kept, jnp.arange(limit) < size
 
 

@@ -7,19 +7,22 @@ of which some are empty. So everything is compiled once, and runs as it is on TP
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Num, PRNGKeyArray, Shaped
 
 from drconv_jax.detection import heads, losses, rpn
 from drconv_jax.detection.anchors import Anchors
 from drconv_jax.detection.boxes import iou
 from drconv_jax.detection.masks import mask_targets, mask_targets_of_crops
-from drconv_jax.detection.matching import BACKGROUND, Sample, match, sample
+from drconv_jax.detection.matching import BACKGROUND, match, sample
 from drconv_jax.detection.pyramid import FeaturePyramid
 from drconv_jax.detection.roi_align import levels_of, multilevel_roi_align
 from drconv_jax.models.parts import ConvFactory
@@ -96,6 +99,10 @@ class FasterRCNN(nn.Module):
       box_fg_iou_thresh: overlap from which on a proposal is the object's.
       box_batch_size_per_image, box_positive_fraction: as those of the region proposal network.
       dtype: of the computation; boxes, scores and losses are float32.
+      batch_axes: axes of the mesh (`jax.set_mesh`) that a batch is parted over. Each device then
+        suppresses, matches and draws for its own images alone, where XLA would have all devices
+        wait for each other at every turn of a loop. Without them, or without a mesh, it is left to
+        XLA.
     """
 
     backbone: nn.Module
@@ -124,6 +131,7 @@ class FasterRCNN(nn.Module):
     box_batch_size_per_image: int = 512
     box_positive_fraction: float = 0.25
     dtype: Dtype | None = None
+    batch_axes: tuple[str, ...] = ()
 
     def setup(self) -> None:
         """Names the parts."""
@@ -194,7 +202,18 @@ class FasterRCNN(nn.Module):
         maps: Maps = self.pyramid([found[stride] for stride in self.strides])
         return maps
 
-    def _anchors(self, maps: Maps, images: Array) -> tuple[Float[Array, "_ 4"], ...]:
+    def _by_device(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of a batch, of which each device of a mesh is given its own images."""
+        mesh = jax.sharding.get_abstract_mesh()
+        axes = tuple(
+            a for a in self.batch_axes if a in mesh.axis_names and a not in mesh.manual_axes
+        )
+        if not axes:
+            return function
+        own = PartitionSpec(axes)
+        return jax.shard_map(function, in_specs=own, out_specs=own, axis_names=set(axes))
+
+    def _anchors(self, maps: Maps, images: Array) -> tuple[Float[np.ndarray, "_ 4"], ...]:
         height, width = images.shape[1:3]
         return self.anchors((height, width), [(m.shape[1], m.shape[2]) for m in maps])
 
@@ -209,9 +228,8 @@ class FasterRCNN(nn.Module):
             nms_threshold=self.rpn_nms_thresh,
             score_threshold=self.rpn_score_thresh,
         )
-        proposals: rpn.Proposals = jax.vmap(lambda o, d, size: propose(o, d, size=size))(
-            objectness, deltas, sizes
-        )
+        of_images = jax.vmap(lambda o, d, size: propose(o, d, size=size))
+        proposals: rpn.Proposals = self._by_device(of_images)(objectness, deltas, sizes)
         return proposals
 
     def _rpn_losses(
@@ -223,63 +241,76 @@ class FasterRCNN(nn.Module):
         objects: Objects,
         key: PRNGKeyArray,
     ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-        anchors = jnp.concatenate(self._anchors(maps, images))
-        matched = jax.vmap(
-            lambda boxes, labels: match(
-                iou(boxes, anchors),
+        anchors = np.concatenate(self._anchors(maps, images))
+
+        def drawn(
+            key: PRNGKeyArray, boxes: Array, labels: Array, objectness: Any, deltas: Any
+        ) -> tuple[Array, ...]:
+            matched = match(
+                iou(boxes, jnp.asarray(anchors)),
                 labels > 0,
                 high=self.rpn_fg_iou_thresh,
                 low=self.rpn_bg_iou_thresh,
                 low_quality=True,
             )
-        )(objects.boxes, objects.labels)
-        drawn = _sample(
-            key,
-            matched >= 0,
-            matched == BACKGROUND,
-            self.rpn_batch_size_per_image,
-            self.rpn_positive_fraction,
-        )
-        own = _of(objects.boxes, jnp.maximum(_of(matched, drawn.chosen), 0))
+            chosen, positive, real = sample(
+                key,
+                matched >= 0,
+                matched == BACKGROUND,
+                self.rpn_batch_size_per_image,
+                self.rpn_positive_fraction,
+            )
+            own = boxes[jnp.maximum(matched[chosen], 0)]
+            return (
+                jnp.concatenate(objectness)[chosen],
+                jnp.concatenate(deltas)[chosen],
+                rpn.CODER.encode(own, jnp.asarray(anchors)[chosen]),
+                positive,
+                real,
+            )
+
+        keys = jax.random.split(key, images.shape[0])
         return losses.rpn_losses(
-            _of(jnp.concatenate(objectness, axis=1), drawn.chosen),
-            _of(jnp.concatenate(deltas, axis=1), drawn.chosen),
-            rpn.CODER.encode(own, anchors[drawn.chosen]),
-            drawn.positive,
-            drawn.real,
+            *self._by_device(jax.vmap(drawn))(
+                keys, objects.boxes, objects.labels, objectness, deltas
+            )
         )
 
     def _regions(self, proposals: rpn.Proposals, objects: Objects, key: PRNGKeyArray) -> _Regions:
         """Proposals, and the objects themselves, drawn for the heads to learn of."""
-        boxes = jnp.concatenate([proposals.boxes, objects.boxes], axis=1)
-        real = jnp.concatenate([proposals.real, objects.labels > 0], axis=1)
-        matched = jax.vmap(
-            lambda own, boxes, labels: match(
-                iou(own, boxes),
-                labels > 0,
-                high=self.box_fg_iou_thresh,
-                low=self.box_fg_iou_thresh,
+
+        def drawn(
+            key: PRNGKeyArray, proposals: rpn.Proposals, own: Array, labels: Array
+        ) -> _Regions:
+            boxes = jnp.concatenate([proposals.boxes, own])
+            is_box = jnp.concatenate([proposals.real, labels > 0])
+            matched = match(
+                iou(own, boxes), labels > 0, high=self.box_fg_iou_thresh, low=self.box_fg_iou_thresh
             )
-        )(objects.boxes, boxes, objects.labels)
-        drawn = _sample(
-            key,
-            (matched >= 0) & real,
-            (matched == BACKGROUND) & real,
-            self.box_batch_size_per_image,
-            self.box_positive_fraction,
+            chosen, positive, real = sample(
+                key,
+                (matched >= 0) & is_box,
+                (matched == BACKGROUND) & is_box,
+                self.box_batch_size_per_image,
+                self.box_positive_fraction,
+            )
+            boxes, matched = boxes[chosen], jnp.maximum(matched[chosen], 0)
+            deltas = heads.CODER.encode(own[matched], boxes)
+            return _Regions(boxes, matched, jnp.where(positive, labels[matched], 0), deltas, real)
+
+        keys = jax.random.split(key, proposals.boxes.shape[0])
+        regions: _Regions = self._by_device(jax.vmap(drawn))(
+            keys, proposals, objects.boxes, objects.labels
         )
-        matched = jnp.maximum(_of(matched, drawn.chosen), 0)
-        labels = jnp.where(drawn.positive, _of(objects.labels, matched), 0)
-        return _Regions(_of(boxes, drawn.chosen), matched, labels, drawn.real)
+        return regions
 
     def _head_losses(
         self, maps: Maps, regions: _Regions, objects: Objects, sizes: Array
     ) -> dict[str, Float[Array, ""]]:
         del sizes
         logits, deltas = self.box_head(_flat(self._aligned(maps, regions.boxes, 7)))
-        targets = heads.CODER.encode(_of(objects.boxes, regions.matched), regions.boxes)
         classifier, box = losses.box_losses(
-            logits, deltas, *map(_flat, (regions.labels, targets, regions.real))
+            logits, deltas, *map(_flat, (regions.labels, regions.deltas, regions.real))
         )
         return {"loss_classifier": classifier, "loss_box_reg": box}
 
@@ -293,7 +324,7 @@ class FasterRCNN(nn.Module):
             nms_threshold=self.box_nms_thresh,
         )
         return Detections(
-            *jax.vmap(detect)(
+            *self._by_device(jax.vmap(detect))(
                 logits.reshape(batch, count, -1),
                 deltas.reshape(batch, count, -1, 4),
                 proposals.boxes,
@@ -308,8 +339,12 @@ class FasterRCNN(nn.Module):
         """The pyramid's features of boxes; its last level has proposals only."""
         maps = maps[: len(self.strides)]
         levels = levels_of(boxes, len(maps), finest=self.strides[0].bit_length() - 1)
-        scales = [1 / stride for stride in self.strides]
-        return multilevel_roi_align(maps, boxes, levels, (size, size), spatial_scales=scales)
+        align = functools.partial(
+            multilevel_roi_align,
+            output_size=(size, size),
+            spatial_scales=[1 / stride for stride in self.strides],
+        )
+        return self._by_device(align)(maps, boxes, levels)
 
 
 class MaskRCNN(FasterRCNN):
@@ -343,10 +378,12 @@ class MaskRCNN(FasterRCNN):
         named = super()._head_losses(maps, regions, objects, sizes)
         # Positives come first, and there are never more.
         count = int(regions.labels.shape[1] * self.box_positive_fraction)
-        boxes, matched, labels, _ = (value[:, :count] for value in regions)
+        boxes, matched, labels, *_ = (value[:, :count] for value in regions)
         logits = self.mask_head(_flat(self._aligned(maps, boxes, 14)))
         canvas = tuple(length * self.strides[0] for length in maps[0].shape[1:3])
-        targets = _mask_targets(objects, boxes, matched, sizes, canvas)
+        targets = self._by_device(jax.vmap(functools.partial(_mask_targets, canvas=canvas)))(
+            objects.masks, objects.boxes, boxes, matched, sizes
+        )
         mask = losses.mask_loss(logits, *map(_flat, (labels, targets, labels > 0)))
         return named | {"loss_mask": mask}
 
@@ -370,50 +407,39 @@ def as_backbone(variables: Any) -> Any:
 
 
 class _Regions(NamedTuple):
-    """Boxes that the heads learn of; those of objects come first."""
+    """Boxes that the heads learn of; those of objects come first.
 
-    boxes: Float[Array, "batch n 4"]
-    matched: Int[Array, "batch n"]
-    labels: Int[Array, "batch n"]
-    real: Bool[Array, "batch n"]
+    Attributes:
+      boxes: in pixels.
+      matched: the object of each.
+      labels: its class; 0 of the background.
+      deltas: what the box head is to say of it.
+      real: which slots hold a box.
+    """
 
-
-def _sample(
-    key: PRNGKeyArray,
-    positive: Bool[Array, "batch n"],
-    negative: Bool[Array, "batch n"],
-    size: int,
-    fraction: float,
-) -> Sample:
-    """`matching.sample` of every image."""
-    keys = jax.random.split(key, positive.shape[0])
-    drawn: Sample = jax.vmap(lambda key, p, n: sample(key, p, n, size, fraction))(
-        keys, positive, negative
-    )
-    return drawn
+    boxes: Float[Array, "*batch n 4"]
+    matched: Int[Array, "*batch n"]
+    labels: Int[Array, "*batch n"]
+    deltas: Float[Array, "*batch n 4"]
+    real: Bool[Array, "*batch n"]
 
 
 def _mask_targets(
-    objects: Objects, boxes: Array, matched: Array, sizes: Array, canvas: tuple[int, ...]
-) -> Float[Array, "batch n 28 28"]:
-    assert objects.masks is not None
-    scale = 255.0 if objects.masks.dtype == jnp.uint8 else 1.0
-
-    def of_image(masks: Array, own: Array, boxes: Array, matched: Array, size: Array) -> Array:
-        if masks.shape[1:] != canvas:
-            return mask_targets_of_crops(masks, own, boxes, matched, 28)
-        # What lies beyond an image is, as at the end of an array, the last that is in it.
-        row, column = (jnp.minimum(jnp.arange(n), size[i] - 1) for i, n in enumerate(canvas))
-        return mask_targets(masks[:, row][:, :, column], boxes, matched, 28)
-
-    return jax.vmap(of_image)(objects.masks, objects.boxes, boxes, matched, sizes) / scale
-
-
-def _of(
-    values: Shaped[Array, "batch n *rest"], index: Int[Array, "batch count"]
-) -> Shaped[Array, "batch count *rest"]:
-    """The entries of every image that an index names."""
-    return jax.vmap(lambda v, i: v[i])(values, index)
+    masks: Num[Array, "objects mask_height mask_width"],
+    own: Float[Array, "objects 4"],
+    boxes: Float[Array, "n 4"],
+    matched: Int[Array, " n"],
+    size: Int[Array, " 2"],
+    *,
+    canvas: tuple[int, ...],
+) -> Float[Array, "n 28 28"]:
+    """What the mask head is to say of the boxes of one image."""
+    scale = 255.0 if masks.dtype == jnp.uint8 else 1.0
+    if masks.shape[1:] != canvas:
+        return mask_targets_of_crops(masks, own, boxes, matched, 28) / scale
+    # What lies beyond an image is, as at the end of an array, the last that is in it.
+    row, column = (jnp.minimum(jnp.arange(n), size[i] - 1) for i, n in enumerate(canvas))
+    return mask_targets(masks[:, row][:, :, column], boxes, matched, 28) / scale
 
 
 def _flat(values: Shaped[Array, "batch n *rest"]) -> Shaped[Array, " _ *rest"]:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int, Shaped
 
 from drconv_jax.detection.boxes import area
 from drconv_jax.dtypes import accumulator
+from drconv_jax.region_conv.sharding import varying_like
 
 
 def roi_align(
@@ -185,7 +186,8 @@ def _interpolated_backward(residuals: Any, dy: Array) -> tuple[Array, None, None
         values = weight[..., None].astype(wide) * dy
         return jax.vmap(lambda own, i, values: own.at[i].add(values))(dtable, cell, values), None
 
-    dtable, _ = jax.lax.scan(add, jnp.zeros(table.shape, wide), (cells, weights))
+    zeros = varying_like(jnp.zeros(table.shape, wide), table, cells, dy)
+    dtable, _ = jax.lax.scan(add, zeros, (cells, weights))
     return dtable.astype(table.dtype), None, None
 
 
@@ -229,7 +231,7 @@ def _mean_of_points(
         near = jnp.maximum(1 - jnp.abs(cells - jnp.clip(point, 0, size - 1)), 0)
         return total + jnp.where(counts, near, 0)
 
-    zeros = jnp.zeros((*at.shape, size), bins.dtype)
+    zeros = varying_like(jnp.zeros((*at.shape, size), bins.dtype), at)
     total = jax.lax.fori_loop(0, points.max(initial=0).astype(jnp.int32), add, zeros)
     return total / jnp.maximum(points, 1)[:, None, None]
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Bool, Float, Int
@@ -81,6 +82,9 @@ class _Head(nn.Module):
             x = nn.relu(made(x, x.shape[-1], f"conv{i}", make=self.conv))
         objectness = made(x, self.anchors, "objectness", kernel=1)
         deltas = made(x, 4 * self.anchors, "deltas", kernel=1)
+        # Without it, XLA for TPUs sums the gradients of the two biases over the devices of a mesh
+        # before it sums them over positions, which are far more numbers to send.
+        objectness, deltas = jax.lax.optimization_barrier((objectness, deltas))
         batch = x.shape[0]
         return (
             objectness.reshape(batch, -1).astype(jnp.float32),
@@ -91,7 +95,7 @@ class _Head(nn.Module):
 def propose(
     objectness: Sequence[Float[Array, " _"]],
     deltas: Sequence[Float[Array, "_ 4"]],
-    anchors: Sequence[Float[Array, "_ 4"]],
+    anchors: Sequence[Float[Array | np.ndarray, "_ 4"]],
     size: Int[Array, " 2"],
     *,
     pre_nms_top_n: int,
@@ -114,7 +118,7 @@ def propose(
     boxes, scores, real = [], [], []
     for level in zip(objectness, deltas, anchors, strict=True):
         logits, best = jax.lax.top_k(level[0], min(pre_nms_top_n, level[0].size))
-        candidates = clip(CODER.decode(level[1][best], level[2][best]), size)
+        candidates = clip(CODER.decode(level[1][best], jnp.asarray(level[2])[best]), size)
         score = jax.nn.sigmoid(logits)
         kept, any_there = nms(
             candidates,

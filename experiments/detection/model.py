@@ -12,6 +12,7 @@ from flax import linen as nn
 from drconv_jax import DRConv
 from drconv_jax.detection import Anchors, FasterRCNN, MaskRCNN
 from drconv_jax.models import BlockGuide, create_model, list_models
+from experiments.runtime import mesh as meshes
 from experiments.runtime.configs import check_options
 from experiments.runtime.errors import UserError
 
@@ -140,6 +141,7 @@ class DetectorConfig:
             "batch_norm": self.batch_norm,
             "group_norm": self.group_norm,
             "dtype": jnp.dtype(self.dtype),
+            "batch_axes": meshes.AXES,
         }
         if self.placement is not None:
             fields["placement"] = self.placement

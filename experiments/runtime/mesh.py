@@ -19,8 +19,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from experiments.runtime.errors import DataLost, Preempted, UserError
 
-# Copies of the parameters, and the devices that hold one copy among them.
-_AXES = ("copy", "part")
+AXES = ("copy", "part")
+"""Of a mesh: copies of the parameters, and the devices that hold one copy among them. Batches are
+parted over both."""
+
 # Arrays smaller than this are not worth the messages that splitting them costs.
 _SPLIT_FROM = 2**14
 
@@ -137,7 +139,7 @@ def make_mesh(fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mes
     chosen = sorted(devices or jax.devices(), key=lambda device: (device.process_index, device.id))
     if len(chosen) % fsdp:
         raise UserError(f"--fsdp must divide the {len(chosen)} devices, got {fsdp}.")
-    return Mesh(np.array(chosen).reshape(-1, fsdp), _AXES)
+    return Mesh(np.array(chosen).reshape(-1, fsdp), AXES)
 
 
 def check_batch(batch_size: int, mesh: Mesh, parts: int) -> None:
@@ -169,7 +171,7 @@ def whole(mesh: Mesh) -> NamedSharding:
 
 def by_batch(mesh: Mesh) -> NamedSharding:
     """The first axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(_AXES))
+    return NamedSharding(mesh, PartitionSpec(AXES))
 
 
 def with_shardings(shapes: Any, mesh: Mesh) -> Any:
@@ -178,13 +180,13 @@ def with_shardings(shapes: Any, mesh: Mesh) -> Any:
     With fsdp, a large array is split along the longest of its axes that the devices of a copy
     divide; everything else has a copy on every device.
     """
-    parts = mesh.shape[_AXES[1]]
+    parts = mesh.shape[AXES[1]]
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes: list[str | None] = [None] * len(leaf.shape)
         even = [axis for axis, length in enumerate(leaf.shape) if length % parts == 0]
         if parts > 1 and even and leaf.size >= _SPLIT_FROM:
-            axes[max(even, key=lambda axis: leaf.shape[axis])] = _AXES[1]
+            axes[max(even, key=lambda axis: leaf.shape[axis])] = AXES[1]
         sharding = NamedSharding(mesh, PartitionSpec(*axes))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 

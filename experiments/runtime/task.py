@@ -86,7 +86,11 @@ class Task(Protocol):
         """
 
     def evaluate(self, variables: Variables, batch: DeviceBatch) -> Any:
-        """What an evaluation takes of a batch, as a tree of arrays; see `reduces`."""
+        """What an evaluation takes of a batch, as a tree of arrays; see `reduces`.
+
+        Here and in `loss`, `jax.sharding.get_abstract_mesh` gives the mesh; batches are parted over
+        all its axes.
+        """
 
     def evaluation(self) -> Evaluation:
         """A new evaluation of the whole held-out split."""

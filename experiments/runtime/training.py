@@ -142,7 +142,8 @@ def _train_step(
         trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array
     ) -> tuple[Array, tuple[Any, Mapping[str, Array]]]:
         variables = {"params": _join(trained, frozen), "batch_stats": batch_stats}
-        return task.loss(variables, batch, key)
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return task.loss(variables, batch, key)
 
     if recipe.remat:
         loss_of = jax.checkpoint(loss_of, policy=_is_dear)
@@ -208,7 +209,9 @@ def _train_step(
 
 def _eval_step(task: Task, mesh: Mesh) -> Callable[[Variables, DeviceBatch], Any]:
     def step(variables: Variables, batch: DeviceBatch) -> Any:
-        return task.evaluate(jax.lax.with_sharding_constraint(variables, whole(mesh)), batch)
+        gathered = jax.lax.with_sharding_constraint(variables, whole(mesh))
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return task.evaluate(gathered, batch)
 
     return step
 
