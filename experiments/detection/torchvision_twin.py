@@ -10,14 +10,13 @@ their idle threads off the cores that read images meanwhile.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Annotated
 
 import jax
@@ -70,7 +69,9 @@ def main() -> None:
         arguments = _parse()
         config = EXPERIMENT.absolute(arguments.config)
         check(config)
-        with _folder(arguments) as run_dir:
+        name = f"torchvision-{config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
+        default = pathlib.Path("runs") / "detection" / name
+        with run_folder.held_without("config.json", arguments.run_dir, default) as run_dir:
             run(config, run_dir, arguments.loading)
 
 
@@ -274,17 +275,6 @@ def _parse() -> Arguments:
     preset = next((name for name in PRESETS if name == start.recipe), next(iter(PRESETS)))
     default = Arguments(recipe=preset, config=PRESETS[preset])  # type: ignore[arg-type]
     return tyro.cli(Arguments, prog=_PROGRAM, description=__doc__, default=default)
-
-
-@contextlib.contextmanager
-def _folder(arguments: Arguments) -> Iterator[pathlib.Path]:
-    """The run's folder, which no other run uses meanwhile."""
-    name = f"torchvision-{arguments.config.model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = arguments.run_dir or pathlib.Path("runs") / "detection" / name
-    with run_folder.held(folder, "--run-dir", new=arguments.run_dir is None) as run_dir:
-        if (run_dir / "config.json").exists():
-            raise UserError(f'--run-dir: "{run_dir}" holds a run already; name another folder.')
-        yield run_dir
 
 
 if __name__ == "__main__":

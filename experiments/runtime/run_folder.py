@@ -70,6 +70,29 @@ def held(folder: pathlib.Path, option: str, *, new: bool = False) -> Iterator[pa
             _unmake(folder, made, locks)
 
 
+@contextlib.contextmanager
+def held_without(
+    result: str, chosen: pathlib.Path | None, default: pathlib.Path
+) -> Iterator[pathlib.Path]:
+    """`held`, for a command that does not continue a run.
+
+    Args:
+      result: a file that a run's folder holds.
+      chosen: the folder that --run-dir names, or None.
+      default: where it names none.
+
+    Yields:
+      The folder.
+
+    Raises:
+      UserError: it holds a run already, or as of `held`.
+    """
+    with held(chosen or default, "--run-dir", new=chosen is None) as folder:
+        if (folder / result).exists():
+            raise UserError(f'--run-dir: "{folder}" holds a run already; name another folder.')
+        yield folder
+
+
 def made_anew(folder: pathlib.Path) -> pathlib.Path:
     """Makes the first folder of this name, and with -2, -3, ... behind it, that is not there."""
     for number in itertools.count(1):

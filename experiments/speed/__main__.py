@@ -11,7 +11,6 @@ The run's folder gets results.json and results.md, renewed after every case, and
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import gc
@@ -81,7 +80,9 @@ def run(arguments: Arguments) -> None:
             f'"{arguments.implementation}".'
         )
     chosen = cases.suite(arguments.suite, arguments.select)
-    with _folder(arguments) as run_dir:
+    name = f"{arguments.suite}-{time.strftime('%Y%m%d-%H%M%S')}"
+    default = pathlib.Path("runs") / "speed" / name
+    with run_folder.held_without("results.json", arguments.run_dir, default) as run_dir:
         _run_in(run_dir, arguments, chosen)
 
 
@@ -175,17 +176,6 @@ def _time(case: Case, arguments: Arguments, advance: Callable[[int], None]) -> l
         Result(case, c.name, c.regions, c.direction, c.standard, times, c.temporary_bytes)
         for c, times in zip(parties, seconds, strict=True)
     ]
-
-
-@contextlib.contextmanager
-def _folder(arguments: Arguments) -> Iterator[pathlib.Path]:
-    """The run's folder, which no other run uses meanwhile."""
-    name = f"{arguments.suite}-{time.strftime('%Y%m%d-%H%M%S')}"
-    run_dir = arguments.run_dir or pathlib.Path("runs") / "speed" / name
-    with run_folder.held(run_dir, "--run-dir", new=arguments.run_dir is None) as folder:
-        if (folder / "results.json").exists():
-            raise UserError(f'--run-dir: "{folder}" holds a run already; name another folder.')
-        yield folder
 
 
 if __name__ == "__main__":
