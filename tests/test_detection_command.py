@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 
+import filelock
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -65,31 +66,48 @@ def train(*arguments, env, devices=1):
 
 
 @pytest.fixture(scope="module")
-def env_(env, tmp_path_factory):
-    return env | {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
+def env_(env, common):
+    return env | {"XDG_CACHE_HOME": str(common / "cache")}
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
+def data(common):
     """A data set with one image of each split that is none, and an annotation that is none."""
-    root = tiny_coco.write(tmp_path_factory.mktemp("data") / "coco")
+    return made_once(common / "coco", write_data)
+
+
+def write_data(root):
+    tiny_coco.write(root)
     (root / "train/4.png").write_bytes(b"no image")
     (root / "val/4.png").write_bytes(b"")
     path = root / "annotations/instances_train.json"
     document = json.loads(path.read_text())
     document["annotations"].append(document["annotations"][0] | {"id": 99, "bbox": [3, 3, 0, 9]})
     path.write_text(json.dumps(document))
-    return root
 
 
 @pytest.fixture(scope="module")
-def trained(data, env_, tmp_path_factory):
-    """A run of two epochs on two devices, and what it has said."""
-    run = tmp_path_factory.mktemp("runs") / "run"
-    process = train("--data", f"coco:{data}", "--run-dir", run, *OPTIONS, env=env_, devices=2)
-    status, out, err = finish(process)
-    assert status == 0, err
-    return run, out, err
+def trained(data, env_, common):
+    """A run of two epochs on two devices, and what it has said; no test changes it."""
+
+    def run(folder):
+        options = ["--data", f"coco:{data}", "--run-dir", folder / "run", *OPTIONS]
+        status, out, err = finish(train(*options, env=env_, devices=2))
+        assert status == 0, err
+        (folder / "said.json").write_text(json.dumps([out, err]))
+
+    folder = made_once(common / "detection", run)
+    return folder / "run", *json.loads((folder / "said.json").read_text())
+
+
+def made_once(path, make):
+    """What the first of the processes that run the tests makes at a path, and others wait for."""
+    with filelock.FileLock(path.with_suffix(".lock")):
+        done = path.with_suffix(".done")
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
 
 
 def bits_of(run, step):
