@@ -52,6 +52,10 @@ class Classification:
         """All of them."""
         return jax.tree.map(lambda _: True, params)
 
+    def parted(self, params: Any) -> Any:
+        """None of them."""
+        return jax.tree.map(lambda _: False, params)
+
     def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
         """The one size of images."""
         size = self.image_size

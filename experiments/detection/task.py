@@ -85,6 +85,10 @@ class Detection:
 
         return jax.tree_util.tree_map_with_path(is_trained, params)
 
+    def parted(self, params: Any) -> Any:
+        """None of them."""
+        return jax.tree.map(lambda _: False, params)
+
     def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
         """Those on each canvas."""
         return tuple(self.preparation.batch_shapes(c, batch_size) for c in self.canvases)

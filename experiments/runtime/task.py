@@ -63,6 +63,13 @@ class Task(Protocol):
     def trained(self, params: Any) -> Any:
         """For every parameter, whether it is trained; the others stay as `init` made them."""
 
+    def parted(self, params: Any) -> Any:
+        """For every parameter, whether it lies in parts over all devices, which no one puts together.
+
+        Its first axis is parted. In `loss` and `evaluate` there are zeros behind it, as many as make
+        the parts equal; their gradients must be zero.
+        """
+
     def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
         """Those of global batches of training, one for each size of the canvas."""
 
