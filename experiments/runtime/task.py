@@ -64,10 +64,10 @@ class Task(Protocol):
         """For every parameter, whether it is trained; the others stay as `init` made them."""
 
     def parted(self, params: Any) -> Any:
-        """For every parameter, whether it lies in parts over all devices, which no one puts together.
+        """For every parameter, whether it lies in parts over all devices for good.
 
-        Its first axis is parted. In `loss` and `evaluate` there are zeros behind it, as many as make
-        the parts equal; their gradients must be zero.
+        Its first axis is parted, and nobody ever puts the parts together. In `loss` and `evaluate`
+        there are zeros behind it, as many as make the parts equal; their gradients must be zero.
         """
 
     def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:

@@ -233,7 +233,7 @@ def _placed(
 ) -> TrainState:
     """The shapes of a state, and where its arrays lie; moments lie where their parameters do."""
 
-    def place(shape: jax.ShapeDtypeStruct, is_parted: bool = False) -> jax.ShapeDtypeStruct:
+    def place(shape: Any, is_parted: bool = False) -> Any:
         return shape.update(sharding=by_batch(mesh)) if is_parted else with_sharding(shape, mesh)
 
     def variables_placed(variables: Any) -> Any:
