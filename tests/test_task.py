@@ -79,7 +79,7 @@ class Regression:
             for canvas in CANVASES
         )
 
-    def loss(self, variables, batch, key):
+    def loss(self, variables, batch, key, step):
         noise = 0.01 * jax.random.normal(key, batch["target"].shape)
         errors = self.evaluate(variables, batch) + noise - batch["target"]
         parts = {"bias": errors.mean(), "square": (errors**2).mean()}

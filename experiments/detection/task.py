@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from drconv_jax.detection import Detections, FasterRCNN, MaskRCNN, Objects, as_backbone, normalize
 from drconv_jax.weights import LoadReport, load_matching
@@ -101,9 +101,10 @@ class Detection:
         )
 
     def loss(
-        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
+        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Any, Mapping[str, Float[Array, ""]]]]:
         """The sum of the detector's losses; beside it each of them."""
+        del step
         objects = Objects(batch["boxes"], batch["labels"], batch.get("masks"))
         losses, updates = self.model.apply(
             variables,

@@ -77,7 +77,7 @@ class Task(Protocol):
         """Those of evaluation, whose batches may have other arrays."""
 
     def loss(
-        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
+        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Any, Mapping[str, Float[Array, ""]]]]:
         """The loss of a batch, as a mean over its samples.
 
@@ -85,6 +85,7 @@ class Task(Protocol):
           variables: of the network.
           batch: all samples count. With `Recipe.accumulate`, it is a part of a batch.
           key: of all that is random; another at every step.
+          step: steps taken before.
 
         Returns:
           The loss, and with it the new batch statistics and named scalars, means too, that are

@@ -140,11 +140,11 @@ def _train_step(
     rate: optax.Schedule,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Scalars]]:
     def loss_of(
-        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array
+        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array, step: Array
     ) -> tuple[Array, tuple[Any, Mapping[str, Array]]]:
         variables = {"params": _join(trained, frozen), "batch_stats": batch_stats}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return task.loss(variables, batch, key)
+            return task.loss(variables, batch, key, step)
 
     if recipe.remat:
         loss_of = jax.checkpoint(loss_of, policy=_is_dear)
@@ -152,7 +152,7 @@ def _train_step(
     gradients_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def in_parts(
-        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array
+        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array, step: Array
     ) -> Any:
         """Means over the parts of a batch; every device computes its own share of each part."""
         count = recipe.accumulate
@@ -163,14 +163,14 @@ def _train_step(
         def add_part(total: Any, part: tuple[DeviceBatch, Array]) -> tuple[Any, None]:
             sums, batch_stats = total
             (loss, (batch_stats, scalars)), gradients = gradients_of(
-                trained, frozen, batch_stats, *part
+                trained, frozen, batch_stats, *part, step
             )
             return (jax.tree.map(jnp.add, sums, (loss, scalars, gradients)), batch_stats), None
 
         parts = jax.tree.map(parts_of, batch), jax.random.split(key, count)
         first = jax.tree.map(lambda array: array[0], parts)
         (loss, (_, scalars)), gradients = jax.eval_shape(
-            gradients_of, trained, frozen, batch_stats, *first
+            gradients_of, trained, frozen, batch_stats, *first, step
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, scalars, gradients))
         (sums, batch_stats), _ = jax.lax.scan(add_part, (zeros, batch_stats), parts)
@@ -184,7 +184,7 @@ def _train_step(
         gathered = _gathered(task, params, mesh)
         compute = gradients_of if recipe.accumulate == 1 else in_parts
         (loss, (batch_stats, scalars)), gradients = compute(
-            *_split(task, gathered), batch_stats, batch, key
+            *_split(task, gathered), batch_stats, batch, key, state.step
         )
         trained, frozen = _split(task, params)
         changes, opt_state = update.update(gradients, state.opt_state, trained)
