@@ -42,8 +42,9 @@ from experiments.runtime.sources.trees import (
 )
 
 _NUMBERS = 10  # of five landmarks
-_AT_ONCE = 1024  # images given to the threads, so that few are waited for in vain at an end
-_OPTIONS = ".alignment.json"  # in the folder --out
+_AT_ONCE = 1024  # faces that wait for a thread; all of a large set would take much memory
+_OPTIONS = ".alignment.json"  # in the folder --out; hidden, as it is no image
+_SUFFIX = {"png": ".png", "jpeg": ".jpg"}
 _SAVING: Mapping[str, dict[str, Any]] = {"png": {}, "jpeg": {"quality": 95, "subsampling": 0}}
 
 Outcome = Literal["aligned", "kept", "skipped"]
@@ -123,6 +124,8 @@ def _jobs(arguments: Arguments) -> _Jobs:
     if images.is_dir() and arguments.out.resolve().is_relative_to(images.resolve()):
         raise UserError(f'--out: "{arguments.out}" is within "{images}"; give a folder elsewhere.')
     reader, names, left_out = _tree(images)
+    if not names:
+        raise UserError(f'"{images}" holds no files.')
     landmarks = read_landmarks(arguments.landmarks)
     paths = {"/".join(reader.parts(name)): name for name in names}
     with_landmarks = sorted(paths.keys() & landmarks.keys())
@@ -263,10 +266,11 @@ def _outcomes(jobs: _Jobs, arguments: Arguments) -> Iterator[tuple[str, Outcome,
       DataLost: the images cannot be read any more.
       OSError: the folder cannot be written to.
     """
+    suffix = _SUFFIX[arguments.format]
     written_from: dict[pathlib.Path, str] = {}
     targets = []
     for name in jobs.names:
-        target = arguments.out.joinpath(*jobs.reader.parts(name)).with_suffix(_suffix(arguments))
+        target = arguments.out.joinpath(*jobs.reader.parts(name)).with_suffix(suffix)
         written_from.setdefault(target, name)
         targets.append(target)
 
@@ -291,10 +295,6 @@ def _outcomes(jobs: _Jobs, arguments: Arguments) -> Iterator[tuple[str, Outcome,
     with concurrent.futures.ThreadPoolExecutor(arguments.threads) as pool:
         for begin in range(0, len(targets), _AT_ONCE):
             yield from pool.map(outcome, range(begin, min(begin + _AT_ONCE, len(targets))))
-
-
-def _suffix(arguments: Arguments) -> str:
-    return {"png": ".png", "jpeg": ".jpg"}[arguments.format]
 
 
 if __name__ == "__main__":

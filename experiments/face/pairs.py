@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import io
+import math
 import pathlib
 import pickle
 from collections.abc import Callable, Sequence
@@ -57,7 +58,7 @@ def lfw_pairs(content: bytes, where: str, names: Sequence[str]) -> Pairs:
       UserError: the file is none of these, or names what is not among the images.
     """
     try:
-        lines = content.decode().splitlines()
+        lines = content.decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise UserError(f'"{where}" is no list of pairs, but no text at all.') from None
     numbered = [(i, _fields(line)) for i, line in enumerate(lines, 1) if line.strip()]
@@ -100,8 +101,8 @@ def bin_pairs(content: bytes, where: str) -> tuple[list[bytes], Pairs]:
         found = _PlainUnpickler(io.BytesIO(content), encoding="bytes").load()
     except _ForeignObjectError as error:
         raise UserError(
-            f'"{where}" holds {error}, and not only images and bools; it is refused, as reading it '
-            "could run a program. Get the file from where you can trust it."
+            f'"{where}" holds {error}, which could run a program when it is read, and is refused; '
+            "get the file from where you trust it."
         ) from None
     except Exception as error:  # of many kinds
         raise UserError(f'"{where}" is no .bin of pairs: {reason(error)}; copy it anew.') from None
@@ -148,8 +149,8 @@ class _Images:
             one, other = (self._names[place] for place in found[:2])
             raise ValueError(f'"{name}" could be "{one}" or "{other}"; take one of them out')
         if person not in self._people:
-            raise ValueError(f'there is no image of "{person}", in a folder of that name')
-        raise ValueError(f'"{person}" has no image {number}, a file "{name}" in the folder')
+            raise ValueError(f'there is no person "{person}" among the images')
+        raise ValueError(f'"{person}" has no image {number} ("{name}") among the images')
 
 
 def _fields(line: str) -> list[str]:
@@ -175,15 +176,14 @@ def _folds(header: list[str], same: Bool[np.ndarray, pairs], where: str) -> np.n
             f'the first line of "{where}" must tell how many folds and pairs of a kind, as '
             f'"10 300", or be a pair, got "{" ".join(header)}".'
         )
-    *folds, each = map(int, header or [0])
-    expected = 2 * each * (folds[0] if folds else 1)
-    if header and expected != len(same):
+    counts = [int(field) for field in header]
+    if counts and len(same) != 2 * math.prod(counts):
         raise UserError(
-            f'"{where}" must have {expected:,} pairs by its first line, "{" ".join(header)}", but '
-            f"has {len(same):,}; copy it anew."
+            f'"{where}" must have {2 * math.prod(counts):,} pairs by its first line, '
+            f'"{" ".join(header)}", but has {len(same):,}; copy it anew.'
         )
-    if folds:
-        return np.arange(len(same)) // (2 * each)
+    if len(counts) == 2:
+        return np.arange(len(same)) // (2 * counts[1])
     shares = np.empty(len(same), np.int64)
     for kind in (same, ~same):
         shares[kind] = _consecutive(int(kind.sum()))
@@ -203,7 +203,7 @@ class _ForeignObjectError(Exception):
 class _PlainUnpickler(pickle.Unpickler):
     """Makes lists, tuples, dicts, sets, bytes, strings, numbers and bools, and calls nothing."""
 
-    def find_class(self, module: str, name: str) -> Callable[[str, str], bytes]:
+    def find_class(self, module: str, name: str) -> Callable[[Any, Any], bytes]:
         """Called for each function and class that the pickle names.
 
         Python 3 writes bytes for Python 2 (protocols 0 to 2) as a call of `_codecs.encode` with a
@@ -218,9 +218,9 @@ class _PlainUnpickler(pickle.Unpickler):
         raise _ForeignObjectError("a reference to a foreign object")
 
 
-def _from_latin1(text: str | bytes, encoding: str | bytes) -> bytes:
-    if not isinstance(text, str) or encoding not in ("latin1", b"latin1"):
-        raise _ForeignObjectError("a foreign object, in another encoding than latin1")
+def _from_latin1(text: Any, encoding: Any) -> bytes:
+    if not isinstance(text, str) or encoding != "latin1":
+        raise _ForeignObjectError("a foreign object, _codecs.encode of no text in latin1")
     return text.encode("latin1")
 
 
@@ -233,4 +233,4 @@ def _is_bytes(value: Any) -> bool:
 
 
 def _is_bool(value: Any) -> bool:
-    return isinstance(value, bool | int) and value in (0, 1)  # Python 2 may have written numbers
+    return isinstance(value, int) and value in (0, 1)  # Python 2 may have written numbers

@@ -253,7 +253,9 @@ class _Records:
     def words(self) -> UInt32[np.ndarray, words]:
         """The file, of which only what is looked at is read."""
         count = self.file.size // _WORD
-        return np.asarray(np.memmap(self.file.path, "<u4", "r", shape=count)) if count else _NONE
+        if not count:  # which cannot be mapped
+            return np.empty(0, np.uint32)
+        return np.asarray(np.memmap(self.file.path, "<u4", "r", shape=count))
 
     def name_of(self, place: int) -> str:
         """Which record it is, for people."""
@@ -283,9 +285,6 @@ class _Records:
         return _Headers(label, second, labels, holds_image)
 
 
-_NONE = np.empty(0, np.uint32)
-
-
 def _read_idx(idx: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """The keys, ascending, and the offsets of an .idx."""
     try:
@@ -293,7 +292,7 @@ def _read_idx(idx: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     except OSError as error:
         raise DataLost(f'"{idx}" cannot be read: {reason(error)}') from None
     except ValueError:
-        numbers = _NONE
+        numbers = np.empty(0, np.int64)
     if not len(numbers) or len(numbers) % 2 or numbers.min() < 0:
         raise UserError(
             f'"{idx}" is no index of a .rec, lines of a key and a byte; copy it anew, or write it '
