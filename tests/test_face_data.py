@@ -590,7 +590,7 @@ def test_alignment_of_a_tree(tree, command, tmp_path, kind):
     text, suffix = lines_of(landmarks), ".txt"
     if kind == "csv with titles":
         titles = ",".join(["path", *(f"{axis}{i}" for i in range(1, 6) for axis in "xy")])
-        text, suffix = f"{titles}\n\n{lines_of(landmarks, ',')}", ".csv"
+        text, suffix = f"3\n{titles}\n\n{lines_of(landmarks, ',')}", ".csv"
     elif kind == "json":
         text, suffix = json.dumps({n: p.tolist() for n, p in landmarks.items()}), ".json"
     elif kind == "zip":
@@ -649,11 +649,10 @@ def test_broken_images_and_bad_landmarks_are_named(tree, command, tmp_path):
     status, out, err = command(root, lines_of(landmarks))
     assert status == 0 and "3 faces aligned, 0 were there already, 4 skipped" in out
     lines = err.splitlines()
-    assert lines[0] == (
-        f'left out: 1 file of "{root}" for which there are no landmarks, as "lonely.png"'
-    )
+    assert lines[0] == (f'left out: 1 file of "{root}" without landmarks, as "lonely.png"')
     assert lines[1] == (
-        f'left out: 1 file of "{tmp_path / "landmarks.txt"}" which are not there, as "nobody.png"'
+        f'left out: 1 file named in "{tmp_path / "landmarks.txt"}" that "{root}" lacks, as '
+        '"nobody.png"'
     )
     assert (
         sorted(lines[2:])
@@ -685,6 +684,7 @@ def test_nothing_can_be_aligned(tree, command, tmp_path):
     refused("has no landmarks of any file of", root / "Ann")
     refused("its paths must be those within", root, lines.replace("/", "_"))
     refused(f'"{tmp_path / "landmarks.txt"}" has no landmarks.', root, "")
+    refused(f'"{tmp_path / "landmarks.txt"}" has no landmarks.', root, "neither\nof these\n")
     refused("line 2 of", root, lines.splitlines()[0] + "\nAnn/3.png 1 2 3\n")
     refused("must be PATH x1 y1 ... x5 y5, got", root, "a.png" + " 1" * 9 + " x\n" + lines)
     refused("line 4 of", root, lines + lines.splitlines()[0])

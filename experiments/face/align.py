@@ -2,7 +2,7 @@
 
 IMAGES is a folder or a zip, of any tree; the folder --out gets the same tree of images of 112 x 112
 or 112 x 96 pixels (height x width). LANDMARKS is a text file with a line for each image, PATH x1 y1
-... x5 y5, separated by commas or blanks, with or without a line of titles, or a .json of
+... x5 y5, separated by commas or blanks, below titles or not (as CelebA's), or a .json of
 {"PATH": [[x1, y1], ... [x5, y5]]}. PATH is the image's in the tree. The five are the eyes, the tip
 of the nose and the corners of the mouth, the image's left ones first, in pixels of the image as it
 is to be looked at, upright, of which the upper left one's centre is at 0, 0. Images that are in
@@ -129,12 +129,15 @@ def _jobs(arguments: Arguments) -> _Jobs:
     landmarks = read_landmarks(arguments.landmarks)
     paths = {"/".join(reader.parts(name)): name for name in names}
     with_landmarks = sorted(paths.keys() & landmarks.keys())
-    for missing, what in (
-        (paths.keys() - landmarks.keys(), f'of "{images}" for which there are no landmarks'),
-        (landmarks.keys() - paths.keys(), f'of "{arguments.landmarks}" which are not there'),
-    ):
-        if missing:
-            left_out.append(f'{count_of(len(missing), "file")} {what}, as "{min(missing)}"')
+    alone = {
+        f'of "{images}" without landmarks': paths.keys() - landmarks.keys(),
+        f'named in "{arguments.landmarks}" that "{images}" lacks': landmarks.keys() - paths.keys(),
+    }
+    left_out += [
+        f'{count_of(len(missing), "file")} {what}, as "{min(missing)}"'
+        for what, missing in alone.items()
+        if missing
+    ]
     if not with_landmarks:
         raise UserError(
             f'"{arguments.landmarks}" has no landmarks of any file of "{images}"'
@@ -167,7 +170,7 @@ def read_landmarks(path: pathlib.Path) -> dict[str, Landmarks]:
     """Reads a file of landmarks, as the command describes it.
 
     Returns:
-      Five landmarks for each path; they may be any numbers, also none.
+      Five landmarks for each path; they may be any numbers, also NaN.
 
     Raises:
       UserError: it cannot be read, or is no such file.
@@ -204,12 +207,13 @@ def _in_json(text: str, path: pathlib.Path) -> dict[str, Landmarks]:
 
 def _in_lines(text: str, path: pathlib.Path) -> dict[str, Landmarks]:
     found: dict[str, Landmarks] = {}
-    lines = [(i, line.strip()) for i, line in enumerate(text.splitlines(), 1) if line.strip()]
-    for number, line in lines:
+    for number, line in enumerate(map(str.strip, text.splitlines()), 1):
+        if not line:
+            continue
         name, *fields = line.rsplit("," if line.count(",") >= _NUMBERS else None, _NUMBERS)
         numbers = [_number(field) for field in fields]
-        if number == lines[0][0] and all(value is None for value in numbers):
-            continue  # titles
+        if not found and all(value is None for value in numbers):
+            continue  # titles, or how many lines follow
         if len(numbers) < _NUMBERS or None in numbers:
             raise UserError(
                 f'line {number} of "{path}" must be PATH x1 y1 ... x5 y5, got "{line[:200]}".'
