@@ -142,6 +142,7 @@ def test_many_records_from_many_threads(tmp_path):
 def test_labels_of_images_in_no_identity_record(tmp_path):
     records = of_people([2, 3, 1], [5, 4, 9])
     records[8] = data_of([3, 5])  # the second person's third image is left out
+    records[7], records[9] = records[9], records[7]  # in another order than the images
     records[5] = data_of([2, 0.5, 0.5], b"image 5")  # a vector, of which the first counts
     write(tmp_path, records)
     faces = record_io(tmp_path)
@@ -285,18 +286,21 @@ def test_single_damaged_records(people):
     folder, offsets = people
     records = of_people([2, 3, 1], [0, 1, 2])
     records[4] = data_of(1)
-    records[5] = data_of(1, b"....." + 3 * MAGIC)
+    records[5] = records[6] = data_of(1, b"...." + MAGIC + b"....")
     offsets = write(folder, records)
     with (folder / "train.rec").open("r+b") as file:
         file.seek(offsets[2])
         file.write(b"damaged!")
-        file.seek(offsets[5] + 4)
-        file.write(struct.pack("<I", 1 << 29 | 24))  # the first part ends before the second begins
+        file.seek(offsets[5] + 36 + 4)
+        file.write(struct.pack("<I", 4))  # a record of its own where the last part should be
+        file.seek(offsets[6] + 4)
+        file.write(struct.pack("<I", 3 << 29 | 28))  # the last part of none
     faces = record_io(folder)
     for index, why in (
         (1, f'"{folder / "train.rec"}" has no record at byte {offsets[2]}'),
         (3, "its record holds no image"),
-        (4, f'"{folder / "train.rec"}" has no record at byte {offsets[5] + 32}'),
+        (4, f'"{folder / "train.rec"}" has no record at byte {offsets[5] + 36}'),
+        (5, f'"{folder / "train.rec"}" has no record at byte {offsets[6]}'),
     ):
         with pytest.raises(BrokenImageError) as error:
             faces[index]
