@@ -18,7 +18,6 @@ import json
 import os
 import pathlib
 import sys
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
@@ -33,13 +32,7 @@ from experiments.runtime.errors import DataLost, UserError, reason
 from experiments.runtime.files import replacing, write_text
 from experiments.runtime.images import upright
 from experiments.runtime.sources.splits import count_of
-from experiments.runtime.sources.trees import (
-    FolderReader,
-    Reader,
-    ZipReader,
-    files_below,
-    parts_in_zip,
-)
+from experiments.runtime.sources.trees import Reader, files_of
 
 _NUMBERS = 10  # of five landmarks
 _AT_ONCE = 1024  # faces that wait for a thread; all of a large set would take much memory
@@ -123,7 +116,7 @@ def _jobs(arguments: Arguments) -> _Jobs:
     images = arguments.images
     if images.is_dir() and arguments.out.resolve().is_relative_to(images.resolve()):
         raise UserError(f'--out: "{arguments.out}" is within "{images}"; give a folder elsewhere.')
-    reader, names, left_out = _tree(images)
+    names, reader, left_out = files_of(images)
     if not names:
         raise UserError(f'"{images}" holds no files.')
     landmarks = read_landmarks(arguments.landmarks)
@@ -151,19 +144,6 @@ def _jobs(arguments: Arguments) -> _Jobs:
         [landmarks[path] for path in with_landmarks],
         reader,
     )
-
-
-def _tree(path: pathlib.Path) -> tuple[Reader, Sequence[str], list[str]]:
-    """What reads the files of a folder or a zip, their names, and what could not be looked at."""
-    if path.is_dir():
-        names, left_out = files_below(path)
-        return FolderReader(path), names, left_out
-    try:
-        with zipfile.ZipFile(path) as archive:
-            members = [info.filename for info in archive.infolist() if not info.is_dir()]
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
-        raise UserError(f'"{path}" is neither a folder nor a zip file that can be read.') from None
-    return ZipReader(path), members, []
 
 
 def read_landmarks(path: pathlib.Path) -> dict[str, Landmarks]:

@@ -49,7 +49,7 @@ def folder(path: pathlib.Path) -> Dataset:
     Raises:
       UserError: there is no such tree, there are two, or the splits have not the same classes.
     """
-    names, reader, left_out = _opened(path)
+    names, reader, left_out = files_of(path)
     return _dataset(str(path), names, reader, left_out)
 
 
@@ -61,7 +61,7 @@ def one_split(path: pathlib.Path) -> Labelled:
     Raises:
       UserError: there is no such tree, or two of its folders are the same class.
     """
-    names, reader, left_out = _opened(path)
+    names, reader, left_out = files_of(path)
     images = _images(reader, names, left_out)
     if nowhere := images.pop((), []):
         left_out.append(f'{count_of(len(nowhere), "image")} in no folder, as "{nowhere[0]}"')
@@ -84,8 +84,12 @@ def one_split(path: pathlib.Path) -> Labelled:
     return Labelled(split, labels, tuple(classes), tuple(left_out))
 
 
-def _opened(path: pathlib.Path) -> tuple[list[str], Reader, list[str]]:
-    """The files of a folder or of a zip, what reads them, and what could not be looked at."""
+def files_of(path: pathlib.Path) -> tuple[list[str], Reader, list[str]]:
+    """The files of a folder or of a zip, what reads them, and what could not be looked at.
+
+    Raises:
+      UserError: it is none of these.
+    """
     if not path.exists():
         raise UserError(f'there is no "{path}".')
     if path.is_dir():
