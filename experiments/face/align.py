@@ -32,7 +32,7 @@ from experiments.runtime.errors import DataLost, UserError, reason
 from experiments.runtime.files import replacing, write_text
 from experiments.runtime.images import upright
 from experiments.runtime.sources.splits import count_of
-from experiments.runtime.sources.trees import Reader, files_of
+from experiments.runtime.sources.trees import Reader, files_of, parts_in_zip
 
 _NUMBERS = 10  # of five landmarks
 _AT_ONCE = 1024  # faces that wait for a thread; all of a large set would take much memory

@@ -11,7 +11,7 @@ from experiments.runtime.sources.splits import (
     Sample,
     Split,
 )
-from experiments.runtime.sources.trees import folder, one_split
+from experiments.runtime.sources.trees import files_of, folder, one_split
 
 __all__ = [
     "ArraySplit",
@@ -22,6 +22,7 @@ __all__ = [
     "Split",
     "array_record",
     "digits",
+    "files_of",
     "folder",
     "hugging_face",
     "hugging_face_train",

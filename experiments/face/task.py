@@ -1,0 +1,181 @@
+"""Face recognition as a task: a margin softmax over people, judged by pairs of images of others."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from drconv_jax.margin_softmax import Margin, margin_softmax
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+
+from drconv_jax.models import EmbeddingNetwork, MobileFaceNet
+from experiments.face.pairs import Pairs
+from experiments.runtime import mesh as meshes
+from experiments.runtime.images import normalize
+from experiments.runtime.metrics import Row
+from experiments.runtime.task import BatchShapes, DeviceBatch, HostBatch, Variables
+
+_SPREAD = 0.01  # standard deviation of class centres at first, as InsightFace has it
+
+
+@dataclasses.dataclass(frozen=True)
+class Recognition:
+    """A face embedder's `Task`.
+
+    Batches of training have an "image", uint8 (batch, height, width, 3), and a "label", int32
+    (batch,); those of evaluation have images alone. The parameters are those of the "network", and
+    the "centres" of all people, which lie in parts over the devices for good.
+
+    Attributes:
+      model: called as `model.apply(variables, images, train=...)`, for embeddings.
+      image_size: height and width.
+      people: who are trained on.
+      margin: of the softmax.
+      grow_steps: steps in which the margin grows from 0.
+      sample: see `margin_softmax`.
+      flip: whether images of training are mirrored at random, and an embedding is that of an image
+        and its mirror image together.
+      held_out: images that are in pairs.
+      pairs: of those images; None where nothing is evaluated.
+      judged: the pairs that count; see `faces.Faces`.
+    """
+
+    model: MobileFaceNet | EmbeddingNetwork
+    image_size: tuple[int, int]
+    people: int
+    margin: Margin
+    grow_steps: float = 0.0
+    sample: float | None = None
+    flip: bool = True
+    held_out: int = 0
+    pairs: Pairs | None = None
+    judged: Bool[np.ndarray, pairs] | None = None
+
+    best = "accuracy"
+    reduces = False
+
+    def init(self, key: PRNGKeyArray) -> Variables:
+        """The network's own initial values, and class centres that are drawn."""
+        network_key, centres_key = jax.random.split(key)
+        variables = self.model.init(network_key, jnp.zeros((1, *self.image_size, 3)))
+        assert self.model.embedding_size is not None
+        shape = (self.people, self.model.embedding_size)
+        centres = _SPREAD * jax.random.normal(centres_key, shape)
+        return {**variables, "params": {"network": variables["params"], "centres": centres}}
+
+    def trained(self, params: Any) -> Any:
+        """All of them."""
+        return jax.tree.map(lambda _: True, params)
+
+    def parted(self, params: Any) -> Any:
+        """The class centres."""
+        return {"network": jax.tree.map(lambda _: False, params["network"]), "centres": True}
+
+    def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
+        """The one size of images."""
+        (images,) = self.evaluation_batch_shapes(batch_size)
+        return ({**images, "label": jax.ShapeDtypeStruct((batch_size,), jnp.int32)},)
+
+    def evaluation_batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
+        """The one size of images."""
+        return ({"image": jax.ShapeDtypeStruct((batch_size, *self.image_size, 3), jnp.uint8)},)
+
+    def loss(
+        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray, step: Int[Array, ""]
+    ) -> tuple[Float[Array, ""], tuple[Any, Mapping[str, Float[Array, ""]]]]:
+        """The margin softmax; beside it the "cosine" to the own centre, and the "accuracy"."""
+        images = batch["image"]
+        flip_key, sample_key = jax.random.split(key)
+        if self.flip:
+            mirrored = jax.random.bernoulli(flip_key, shape=(images.shape[0], 1, 1, 1))
+            images = jnp.where(mirrored, images[:, :, ::-1], images)
+        params = variables["params"]
+        embeddings, updates = self.model.apply(
+            {"params": params["network"], "batch_stats": variables["batch_stats"]},
+            normalize(images),
+            train=True,
+            mutable=["batch_stats"],
+        )
+        strength = jnp.minimum(step / self.grow_steps, 1.0) if self.grow_steps else 1.0
+        found = margin_softmax(
+            embeddings,
+            params["centres"],
+            batch["label"],
+            self.margin,
+            strength=strength,
+            num_classes=self.people,
+            axes=meshes.AXES,
+            sample=self.sample,
+            key=sample_key,
+        )
+        scalars = {"cosine": found.cosine, "accuracy": found.accuracy}
+        return found.loss, (updates.get("batch_stats", {}), scalars)
+
+    def evaluate(
+        self, variables: Variables, batch: DeviceBatch
+    ) -> Float[Array, "batch embedding_size"]:
+        """Embeddings of the images, of any length, in float32."""
+        network = {
+            "params": variables["params"]["network"],
+            "batch_stats": variables["batch_stats"],
+        }
+        return embeddings_of(self.model, network, batch["image"], flip=self.flip)
+
+    def evaluation(self) -> FaceEvaluation:
+        """The protocol of the pairs."""
+        assert self.pairs is not None and self.judged is not None
+        return FaceEvaluation(self.held_out, self.pairs, self.judged)
+
+
+def embeddings_of(
+    model: MobileFaceNet | EmbeddingNetwork, network: Variables, images: Array, *, flip: bool
+) -> Float[Array, "batch embedding_size"]:
+    """Embeddings of images, of any length, in float32.
+
+    Args:
+      model: the network.
+      network: its variables.
+      images: uint8, (batch, height, width, 3).
+      flip: whether the mirror image's embedding is added.
+    """
+    sides = (images, images[:, :, ::-1]) if flip else (images,)
+    each = [model.apply(network, normalize(side), train=False) for side in sides]
+    total: Array = sum((jnp.asarray(e, jnp.float32) for e in each), start=jnp.zeros(()))
+    return total
+
+
+class FaceEvaluation:
+    """Collects embeddings, and compares those of every pair.
+
+    Attributes:
+      similarities: cosines of the pairs that could be compared, once `row` was called.
+      compared: which pairs those are.
+      threshold: from which on two images are of one person.
+    """
+
+    def __init__(self, held_out: int, pairs: Pairs, judged: Bool[np.ndarray, pairs]):
+        self._held_out, self._pairs, self._judged = held_out, pairs, judged
+        self._index: list[np.ndarray] = []
+        self._embeddings: list[np.ndarray] = []
+
+    def add(self, batch: HostBatch, results: Any) -> None:
+        """Takes in a batch's embeddings."""
+        broken = np.isin(batch.index, list(batch.broken))
+        self._index.append(np.where(broken, -1, batch.index))
+        self._embeddings.append(np.asarray(results))
+
+    def row(self) -> Row:
+        """The metrics; see `protocols`."""
+        index, embeddings = (
+            meshes.from_all_processes(np.concatenate(parts))
+            for parts in (self._index, self._embeddings)
+        )
+        real = index >= 0
+        every = np.zeros((self._held_out, embeddings.shape[1]), np.float32)
+        every[index[real]] = embeddings[real]
+        known = np.isin(np.arange(self._held_out), index[real])
+        return {}
