@@ -43,7 +43,7 @@ class Decoded:
 
 
 @dataclasses.dataclass(frozen=True)
-class Faces:
+class FaceImages:
     """The `Feed`; see `Recognition` for the arrays.
 
     Attributes:

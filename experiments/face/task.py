@@ -39,8 +39,8 @@ class Recognition:
       sample: see `margin_softmax`.
       flip: whether images of training are mirrored at random, and an embedding is that of an image
         and its mirror image together.
-      held_out: images that are in pairs.
-      pairs: of those images; None where nothing is evaluated.
+      held_out: the numbers by which `pairs` means the held-out images; some may be missing.
+      pairs: pairs of these; None where nothing is evaluated.
       judged: the pairs that count; see `faces.Faces`.
     """
 
@@ -51,7 +51,7 @@ class Recognition:
     grow_steps: float = 0.0
     sample: float | None = None
     flip: bool = True
-    held_out: int = 0
+    held_out: Int[np.ndarray, images] | None = None
     pairs: Pairs | None = None
     judged: Bool[np.ndarray, pairs] | None = None
 
@@ -95,7 +95,7 @@ class Recognition:
             images = jnp.where(mirrored, images[:, :, ::-1], images)
         params = variables["params"]
         embeddings, updates = self.model.apply(
-            {"params": params["network"], "batch_stats": variables["batch_stats"]},
+            network_of(variables),
             normalize(images),
             train=True,
             mutable=["batch_stats"],
@@ -127,8 +127,14 @@ class Recognition:
 
     def evaluation(self) -> FaceEvaluation:
         """The protocol of the pairs."""
+        assert self.held_out is not None
         assert self.pairs is not None and self.judged is not None
         return FaceEvaluation(self.held_out, self.pairs, self.judged)
+
+
+def network_of(variables: Variables) -> Variables:
+    """The variables of the network alone, without the class centres."""
+    return {**variables, "params": variables["params"]["network"]}
 
 
 def embeddings_of(
