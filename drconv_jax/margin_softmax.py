@@ -21,7 +21,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from drconv_jax.checks import check_count, check_precision
 
-_NONE = -1e30  # the cosine of a centre that takes no part: no number of the softmax, yet finite
+# Takes the place of the cosine where a centre has no part in a sum. Minus infinity would give NaN
+# where a device has only such centres.
+_NONE = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +249,7 @@ def _of_device(
     sample: float | None,
     precision: Any,
 ) -> MarginLoss:
-    """`margin_softmax` on one of the devices; without axes, over which nothing is sent, on all."""
+    """`margin_softmax` on one device of several; without axes, on the only one."""
     everyone, names = jax.lax.all_gather((_normalised(embeddings), labels), axes, tiled=True)
     device, rows = jax.lax.axis_index(axes), labels.shape[0]
     classes = device * centres.shape[0] + jnp.arange(centres.shape[0], dtype=jnp.int32)
@@ -258,7 +260,7 @@ def _of_device(
     cosines, others, nearest = _summary(
         everyone, _normalised(centres), names, classes, num_classes, margin.scale, precision
     )
-    # Of the sum of exponentials over all devices each has its own rows' from here on.
+    # From here on each device goes on with its own rows, of which it gets the sums over all centres.
     nearest = jax.lax.pmax(nearest, axes)
     exponentials = jnp.exp(others - margin.scale * nearest)
     cosines, exponentials = jax.lax.psum_scatter((cosines, exponentials), axes, tiled=True)
@@ -322,7 +324,7 @@ def _drawn(
 
 
 def _normalised(vectors: Float[Array, "n features"]) -> Float[Array, "n features"]:
-    """In float32 and of length 1; those shorter than 1e-6 are lengthened by a million at most."""
+    """In float32, of length 1; nothing is divided by less than 1e-6."""
     vectors = vectors.astype(jnp.float32)
     squares = jnp.square(vectors).sum(axis=1, keepdims=True)
     return vectors * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
@@ -330,7 +332,10 @@ def _normalised(vectors: Float[Array, "n features"]) -> Float[Array, "n features
 
 @jax.custom_jvp
 def _angle(cosine: Float[Array, "*n"]) -> Float[Array, "*n"]:
-    """The arc cosine, whose derivative is bounded: by a thousand, which float32 resolves."""
+    """The arc cosine, with a derivative of at most 1000: the true one is infinite at 1 and -1.
+
+    There float32 tells angles that are a thousandth of a radian apart only just from each other.
+    """
     return jnp.arccos(jnp.clip(cosine, -1, 1))
 
 
