@@ -253,14 +253,14 @@ def _of_device(
     everyone, names = jax.lax.all_gather((_normalised(embeddings), labels), axes, tiled=True)
     device, rows = jax.lax.axis_index(axes), labels.shape[0]
     classes = device * centres.shape[0] + jnp.arange(centres.shape[0], dtype=jnp.int32)
-    if sample is not None:
+    if sample is not None and key is not None:
         count = max(math.ceil(sample * len(classes)), min(len(names), len(classes)))
         chosen = _drawn(jax.random.fold_in(key, device), classes, names, num_classes, count)
         centres, classes = centres[chosen], classes[chosen]
     cosines, others, nearest = _summary(
         everyone, _normalised(centres), names, classes, num_classes, margin.scale, precision
     )
-    # From here on each device goes on with its own rows, of which it gets the sums over all centres.
+    # From here on a device has its own rows alone, and of these the sums over all centres.
     nearest = jax.lax.pmax(nearest, axes)
     exponentials = jnp.exp(others - margin.scale * nearest)
     cosines, exponentials = jax.lax.psum_scatter((cosines, exponentials), axes, tiled=True)
