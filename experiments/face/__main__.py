@@ -22,7 +22,7 @@ import tyro
 from experiments.face import faces
 from experiments.face.config import PRESETS, Config, Preset
 from experiments.face.feed import Decoded, FaceImages, in_memory
-from experiments.face.task import Recognition
+from experiments.face.task import Recognition, task_of
 from experiments.runtime import experiment
 from experiments.runtime.errors import UserError
 from experiments.runtime.experiment import Experiment, Setup
@@ -85,20 +85,6 @@ def set_up(config: Config, loading: Loading) -> Setup:
         skipped=skipped,
         left_out=found.left_out,
         files={"people.json": found.people},
-    )
-
-
-def task_of(config: Config, people: int, steps_per_epoch: int = 1) -> Recognition:
-    """The task of a run, but for the pairs that it is judged by."""
-    sample = config.margin.sample
-    return Recognition(
-        config.model.build(),
-        config.image_size,
-        people,
-        config.margin.build(),
-        config.margin.grow_epochs * steps_per_epoch,
-        None if sample == 1 else sample,
-        config.train.flip,
     )
 
 

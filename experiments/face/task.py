@@ -9,10 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from drconv_jax.margin_softmax import Margin, margin_softmax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
+from drconv_jax.margin_softmax import Margin, margin_softmax
 from drconv_jax.models import EmbeddingNetwork, MobileFaceNet
+from experiments.face.config import Config
 from experiments.face.pairs import Pairs
 from experiments.runtime import mesh as meshes
 from experiments.runtime.images import normalize
@@ -130,6 +131,20 @@ class Recognition:
         assert self.held_out is not None
         assert self.pairs is not None and self.judged is not None
         return FaceEvaluation(self.held_out, self.pairs, self.judged)
+
+
+def task_of(config: Config, people: int, steps_per_epoch: int = 1) -> Recognition:
+    """The task of a run, but for the pairs that it is judged by."""
+    sample = config.margin.sample
+    return Recognition(
+        config.model.build(),
+        config.image_size,
+        people,
+        config.margin.build(),
+        config.margin.grow_epochs * steps_per_epoch,
+        None if sample == 1 else sample,
+        config.train.flip,
+    )
 
 
 def network_of(variables: Variables) -> Variables:
