@@ -1,23 +1,15 @@
 """Face recognition: who is trained on and who is judged, the task, the command."""
 
-import dataclasses
 import io
-import json
 import zipfile
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
-from drconv_jax.margin_softmax import cosface
 from experiments.face import faces
-from experiments.face.config import Config, FaceRecipe
-from experiments.face.feed import Decoded, FaceImages, in_memory
-from experiments.face.model import EmbedderConfig
+from experiments.face.config import Config
 from experiments.runtime.errors import UserError
-from experiments.runtime.pipeline import Loading, Share
 
 SIZE = (32, 32)
 PEOPLE = 24  # two in each of 12 folds' worth; the last four are in no pair
@@ -122,7 +114,8 @@ def test_images_are_those_of_the_people(tree):
         assert content == jpeg(int(person), int(number.split(".")[0]))
     first, second = found.pairs.first[found.judged], found.pairs.second[found.judged]
     named = [
-        [found.held_out.name_of(i).split("/")[-1] for i in pair] for pair in zip(first, second)
+        [found.held_out.name_of(place).split("/")[-1] for place in pair]
+        for pair in np.stack([first, second], axis=1)
     ]
     assert named[0] == ["Person_04_0001.jpg", "Person_04_0002.jpg"]
     assert named[3] == ["Person_05_0002.jpg", "Person_07_0001.jpg"]
@@ -147,7 +140,7 @@ def test_data_that_is_none(tmp_path):
     (tmp_path / "empty").mkdir()
     for data, message in (
         (f"folder:{tmp_path / 'empty'}", "has no images in folders, as in CLASS/x.jpg"),
-        ("faces", "--data: it must be .* got \"faces\""),
+        ("faces", '--data: it must be .* got "faces"'),
         (f"recordio:{tmp_path / 'empty'}", "--data: "),
     ):
         with pytest.raises(UserError, match=message):
