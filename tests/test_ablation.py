@@ -170,7 +170,7 @@ def test_readmes_command_finds_the_published_results():
 
 def test_a_run_that_fails_stops_the_study(faked, tmp_path):
     _, arguments, _ = faked
-    with pytest.raises(UserError, match="m16-0 ended with status 1; see"):
+    with pytest.raises(UserError, match="m16-seed0 ended with status 1; see"):
         ablation._run_all(arguments(cases=("m16",), seeds=1, jobs=1), Results(tmp_path / "out"))
 
 
