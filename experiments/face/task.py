@@ -226,11 +226,20 @@ class FaceEvaluation:
             "equal_error_rate": protocols.equal_error_rate(curve),
             "tar_at_far_0.1": protocols.tar_at_far(curve, 0.1).tar,
             "tar_at_far_0.01": protocols.tar_at_far(curve, 0.01).tar,
+            **self._equal_error_rate_of_others(known),
             "threshold": self.threshold,
             "pairs": int(judged.sum()),
         }
         self._seen(self)
         return row
+
+    def _equal_error_rate_of_others(self, known: Bool[np.ndarray, pairs]) -> Row:
+        """Of the pairs that are not judged, by which options may be chosen."""
+        others, same = known & ~self._judged, self._pairs.same
+        if not (others & same).any() or not (others & ~same).any():
+            return {}
+        curve = protocols.roc(self.similarities[others], same[others])
+        return {"equal_error_rate_of_others": protocols.equal_error_rate(curve)}
 
     def _distances(self) -> Float[np.ndarray, pairs]:
         """Squared, between the embeddings of each pair, made of length 1."""
