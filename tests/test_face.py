@@ -145,3 +145,134 @@ def test_data_that_is_none(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             faces.load(Config(data=data))
+
+
+# --- Batches
+
+
+@pytest.mark.parametrize("hold", ["memory", "disk"])
+@pytest.mark.parametrize("per_person", [0, 2])
+def test_batches_of_training(tree, hold, per_person):
+    found, skipped = faces.load(config(tree, fold=0)), []
+    recipe = FaceRecipe(batch_size=8, images_per_person=per_person, seed=3)
+    train = in_memory(found.train, SIZE, hold, "reading", skipped)
+    assert isinstance(train, Decoded) == (hold == "memory") and not skipped
+
+    def feed(process, processes):
+        share = Share(8, process, processes)
+        labels = found.train.labels
+        return FaceImages(train, train, labels, share, SIZE, recipe, Loading())
+
+    alone, steps = feed(0, 1), feed(0, 1).steps_per_epoch
+    assert steps == len(found.train) // 8
+    batches = [b for b, _ in zip(alone.training(0), range(2 * steps), strict=False)]
+    for epoch in (batches[:steps], batches[steps:]):
+        index = np.concatenate([b.index for b in epoch])
+        if per_person:
+            for batch in epoch:
+                assert set(np.bincount(batch.arrays["label"]).tolist()) <= {0, 2, 4}
+        else:
+            assert len(set(index.tolist())) == len(index)
+    assert batches[0].index.tolist() != batches[steps].index.tolist()
+    for batch in batches:
+        np.testing.assert_array_equal(batch.arrays["label"], found.train.labels[batch.index])
+    place = int(batches[1].index[5])
+    with Image.open(io.BytesIO(found.train[place].content)) as image:
+        np.testing.assert_array_equal(batches[1].arrays["image"][5], np.asarray(image))
+    later = next(alone.training(steps + 1))
+    assert later.index.tolist() == batches[steps + 1].index.tolist()
+    shares = [next(feed(process, 2).training(1)) for process in range(2)]
+    assert np.concatenate([s.index for s in shares]).tolist() == batches[1].index.tolist()
+
+
+def test_a_broken_image_is_left_out(tmp_path):
+    for person in range(3):
+        (tmp_path / name(person)).mkdir()
+        for number in (1, 2):
+            file = tmp_path / name(person) / f"{name(person)}_{number:04}.jpg"
+            file.write_bytes(b"torn" if (person, number) == (1, 2) else jpeg(person, number))
+    (tmp_path / "pairs.txt").write_text(
+        f"{name(2)}\t1\t2\n{name(0)}\t1\t{name(1)}\t1\n{name(1)}\t1\t2\n"
+    )
+    skipped = []
+    found = faces.labelled(f"folder:{tmp_path}")
+    chosen = faces.Chosen(found.images, np.arange(6), found.labels)
+    held = in_memory(chosen, SIZE, "auto", "reading", skipped)
+    assert skipped == [
+        f"{name(1)}/{name(1)}_0002.jpg: it is not an image of a format that Pillow reads"
+    ]
+    assert held.places.tolist() == [0, 1, 2, 4, 5] and held.labels.tolist() == [0, 0, 1, 2, 2]
+    assert held.name_of(3) == f"{name(2)}/{name(2)}_0001.jpg"
+
+
+# --- The task
+
+
+def evaluated(first, second, same, folds, judged, embeddings, index, held_out):
+    pairs = Pairs(np.array(first), np.array(second), np.array(same), np.array(folds))
+    evaluation = FaceEvaluation(np.array(held_out), pairs, np.array(judged), lambda _: None)
+    evaluation.add(HostBatch({}, np.array(index), {}), np.array(embeddings, np.float32))
+    return evaluation, evaluation.row()
+
+
+def test_a_threshold_is_chosen_by_others():
+    angle = np.radians([0, 10, 0, 40, 0, 50, 0, 80])  # of the two images of four pairs
+    embeddings = 3 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    order = [7, 2, 3, 0, 1, 6, 5, 4]
+    index = [*order, -1]
+    rows = [*embeddings[order], [np.nan, np.nan]]
+    first, second, same = [0, 2, 4, 6], [1, 3, 5, 7], [True, True, False, False]
+    # The second and third pair, of 40 and 50 degrees, choose; the others are easy.
+    evaluation, row = evaluated(
+        first, second, same, [0, 1, 1, 0], [True, False, False, True], rows, index, range(8)
+    )
+    assert row["accuracy"] == 1 and row["pairs"] == 2 and row["equal_error_rate"] == 0
+    assert np.cos(np.radians(50)) < row["threshold"] <= np.cos(np.radians(40))
+    np.testing.assert_allclose(
+        evaluation.similarities, np.cos(np.radians([10, 40, 50, 80])), atol=1e-6
+    )
+    # Chosen by pairs of 10 and 80 degrees, the smallest threshold that tells them apart takes all
+    # others for different people.
+    _, row = evaluated(
+        first, second, same, [0, 1, 1, 0], [False, True, True, False], rows, index, range(8)
+    )
+    assert row["accuracy"] == 0.5 and row["equal_error_rate_of_others"] == 0
+
+
+def test_pairs_of_a_broken_image_do_not_count():
+    embeddings = np.eye(6)[[0, 0, 1, 2, 3]]
+    evaluation, row = evaluated(
+        [0, 2, 4, 0], [1, 3, 5, 3], [True, False, True, False], [0, 0, 1, 1], [True] * 4,
+        embeddings, range(5), [0, 1, 2, 3, 4],
+    )  # fmt: skip
+    assert row["pairs"] == 3 and np.isnan(evaluation.similarities).tolist() == [
+        False,
+        False,
+        True,
+        False,
+    ]
+    with pytest.raises(DataLost, match="no pairs are left"):
+        evaluated([0], [1], [True], [0], [True], embeddings[:1], [0], [0])
+
+
+def test_the_margin_grows_and_centres_are_padded():
+    task = Recognition(
+        EmbedderConfig("mobilefacenet", width=0.1, blocks=(1, 0, 0, 0), embedding_size=8).build(),
+        SIZE, people=5, margin=cosface(8.0, 0.5), grow_steps=4, flip=False,
+    )  # fmt: skip
+    variables = task.init(jax.random.key(0))
+    variables["params"]["centres"] = jnp.pad(variables["params"]["centres"], ((0, 3), (0, 0)))
+    batch = {
+        "image": jax.random.randint(jax.random.key(1), (6, *SIZE, 3), 0, 256).astype(jnp.uint8),
+        "label": jnp.arange(6) % 5,
+    }
+
+    @jax.jit
+    def both(step):
+        loss = lambda v: task.loss(v, batch, jax.random.key(2), step)[0]  # noqa: E731
+        return jax.value_and_grad(loss)(variables)
+
+    losses = [float(both(jnp.int32(step))[0]) for step in (0, 2, 4, 100)]
+    assert losses[0] < losses[1] < losses[2] == losses[3]
+    gradient = both(jnp.int32(1))[1]["params"]["centres"]
+    assert (gradient[5:] == 0).all() and (jnp.abs(gradient[:5]).max(1) > 0).all()
