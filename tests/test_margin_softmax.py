@@ -111,7 +111,7 @@ def test_a_margin_is_its_formula_and_so_is_its_derivative(margin):
     np.testing.assert_allclose(derivative, slopes, rtol=1e-4)
 
 
-@pytest.mark.parametrize("margin", [*CASES.values(), Margin(m1=1.35), Margin(m1=2.0, m3=0.1)])
+@pytest.mark.parametrize("margin", [arcface(), Margin(m2=0.5), cosface(), Margin(m1=2.0, m3=0.1)])
 def test_no_gradient_is_infinite_where_embeddings_lie_on_centres(margin):
     _, centres, _ = draw(0, 6)
     embeddings = jnp.concatenate([centres, -centres])
@@ -140,7 +140,6 @@ def test_strength_scales_the_margin():
 
     for whole, half in (
         (arcface(), arcface(margin=0.25)),
-        (arcface(easy=True), arcface(margin=0.25, easy=True)),
         (combined(m1=1.4, m2=0.2, m3=0.1), combined(m1=1.2, m2=0.1, m3=0.05)),
     ):
         assert_same(found(0.5, whole), found(1.0, half))
@@ -213,7 +212,7 @@ def over(mesh, margin, embeddings, centres, labels, **options):
     margin=st.sampled_from([arcface(), cosface(), combined(m1=1.1)]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_many_devices_find_what_one_finds(devices, axis_type, classes, rows, margin, seed):
     arrays = draw(rows * devices, classes, seed=seed)
     found = over(mesh_of(devices, axis_type), margin, *arrays)
@@ -229,12 +228,11 @@ def test_within_a_shard_map_arguments_are_a_devices_own(mesh):
     assert_same(run(*placed), margin_softmax(*arrays, cosface(), num_classes=21))
 
 
-def test_axes_that_the_mesh_lacks_are_ignored(mesh):
-    arrays = draw(6, 5)
-    expected = margin_softmax(*arrays, cosface())
-    with jax.set_mesh(mesh):
-        assert_same(margin_softmax(*arrays, cosface(), axes=("copy",)), expected)
-    assert_same(margin_softmax(*arrays, cosface(), axes=("copy",)), expected)
+def test_axes_that_the_mesh_lacks_are_ignored():
+    arrays = draw(6, 5)  # which eight devices would not divide
+    expected = with_gradients(*arrays, cosface())
+    with jax.set_mesh(mesh_of(8)):
+        assert_same(with_gradients(*arrays, cosface(), axes=("data",)), expected)
 
 
 def compiled(mesh, batch, classes, features):
