@@ -1,0 +1,1 @@
+"""Face recognition: `python -m experiments.face --help`."""
