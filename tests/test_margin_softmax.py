@@ -6,7 +6,9 @@ import pathlib
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -173,6 +175,25 @@ def test_bfloat16_is_computed_in_float32():
     for a, b in zip(gradients, wide_gradients, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
+
+def test_transformations_of_jax():
+    embeddings, centres, labels = draw(6, 5)
+    margin = combined(scale=4.0, m1=1.1)
+
+    @jax.jit
+    def loss(embeddings, centres):
+        return margin_softmax(embeddings, centres, labels, margin).loss
+
+    # Forward and reverse mode, each against finite differences.
+    jax.test_util.check_grads(loss, (embeddings, centres), order=1, atol=2e-3, rtol=2e-3, eps=1e-2)
+    expected = jax.jit(jax.grad(loss, (0, 1)))(embeddings, centres)
+    assert_same(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(embeddings, centres), expected)
+    pairs = [jnp.stack([a, a[::-1]]) for a in (embeddings, centres)]
+    both = jax.jit(jax.vmap(loss))(*pairs)
+    assert_same(both, jnp.stack([loss(*(a[i] for a in pairs)) for i in range(2)]))
+    exported = jax.export.export(loss)(embeddings, centres)
+    assert_same(exported.call(embeddings, centres), loss(embeddings, centres))
 
 
 # Over a mesh.
