@@ -54,7 +54,7 @@ class Verification(NamedTuple):
 
     Attributes:
       accuracy: the mean over folds.
-      std: the standard deviation over folds, of the squares' sum over their number.
+      std: the standard deviation over folds, that of a population (NumPy's default).
       fold_accuracy: of each fold.
       fold_threshold: the squared distance below which its pairs were taken for one person's.
     """
