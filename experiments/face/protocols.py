@@ -54,8 +54,9 @@ class Verification(NamedTuple):
 
     Attributes:
       accuracy: the mean over folds.
-      std: over folds, divided by their number and not by one less.
-      fold_accuracy, fold_threshold: of each; the threshold is the largest squared distance's.
+      std: the standard deviation over folds, that of a population (NumPy's default).
+      fold_accuracy: of each fold.
+      fold_threshold: the squared distance below which its pairs were taken for one person's.
     """
 
     accuracy: float
@@ -98,9 +99,9 @@ class Validation(NamedTuple):
     """The validation rate, as FaceNet calls a TAR, over folds.
 
     Attributes:
-      val, std: the mean over folds and its deviation.
-      far: what the false accept rate was in the folds that were judged, their mean.
-      fold_threshold: the squared distance of each fold.
+      val, std: the mean over folds and the standard deviation.
+      far: the mean over folds of the false accept rate in the fold itself.
+      fold_threshold: the squared distance below which a fold's pairs were accepted.
     """
 
     val: float
@@ -117,8 +118,8 @@ def validation_at_far(
 ) -> Validation:
     """The TAR of each fold at the largest threshold whose FAR on all others is at most a target.
 
-    Thresholds are multiples of 0.001. Schroff et al., FaceNet, CVPR 2015, Section 4, of which the
-    released code interpolates between thresholds where this does not.
+    As in Schroff et al., FaceNet, CVPR 2015, Section 4. Thresholds are multiples of 0.001, and
+    nothing is interpolated between them.
 
     Args:
       distances, same, folds: see `verification`.
@@ -262,8 +263,8 @@ def ranks(
 ) -> Int[Array, " n"]:
     """Of every probe, the rank of its mate: one more than there are others more similar to it.
 
-    With distractors for `others`, MegaFace's protocol; with a gallery, which the mates are in and
-    distractors may be added to, that of identification in a closed set.
+    Where `others` are distractors, this is MegaFace's protocol; where they are a gallery that the
+    mates are in, with distractors or without, it is identification in a closed set.
 
     No more than `batch` times `block` similarities are held at once. Over a mesh (`jax.set_mesh`)
     a device compares with its share of the others.
