@@ -1,15 +1,34 @@
 """Face recognition: who is trained on and who is judged, the task, the command."""
 
+import dataclasses
 import io
+import json
+import os
+import shutil
+import subprocess
+import sys
 import zipfile
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from runs import checkpoints_of, finish, rows_of
+from test_hosts import free_address
 
-from experiments.face import faces
-from experiments.face.config import Config
-from experiments.runtime.errors import UserError
+from drconv_jax.margin_softmax import cosface
+from experiments.face import __main__ as face
+from experiments.face import faces, lfw
+from experiments.face.config import PRESETS, Config, FaceRecipe
+from experiments.face.feed import Decoded, FaceImages, in_memory
+from experiments.face.model import EmbedderConfig
+from experiments.face.pairs import Pairs
+from experiments.face.task import FaceEvaluation, Recognition
+from experiments.runtime import configs
+from experiments.runtime.errors import DataLost, UserError
+from experiments.runtime.pipeline import Loading, Share
+from experiments.runtime.task import HostBatch
 
 SIZE = (32, 32)
 PEOPLE = 24  # two in each of 12 folds' worth; the last four are in no pair
@@ -276,3 +295,138 @@ def test_the_margin_grows_and_centres_are_padded():
     assert losses[0] < losses[1] < losses[2] == losses[3]
     gradient = both(jnp.int32(1))[1]["params"]["centres"]
     assert (gradient[5:] == 0).all() and (jnp.abs(gradient[:5]).max(1) > 0).all()
+
+
+# --- The command
+
+SMALL = [
+    "--image-size", 32, 32, "--model.name", "dr_mobilefacenet_all", "--model.width", 0.1,
+    "--model.blocks", 1, 1, 0, 0, "--model.regions", 2, "--model.embedding-size", 16,
+    "--train.epochs", 2, "--train.batch-size", 8, "--checkpoint.every-steps", 1,
+    "--checkpoint.keep", 9, "--margin.grow-epochs", 1, "--fold", 0,
+]  # fmt: skip
+
+
+def start(*arguments, env, devices=1):
+    flags = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.face", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **env, **flags},
+    )
+
+
+def test_a_run_on_other_devices_and_processes(tree, env, tmp_path):
+    run, data = tmp_path / "run", ["--data", f"folder:{tree}"]
+    status, out, err = finish(start(*data, "--run-dir", run, *SMALL, env=env, devices=4))
+    assert status == 0, err
+    found = faces.load(config(tree, fold=0))
+    assert f"{len(found.train)} training images of {len(found.people)} people and 4 pairs" in out
+    rows, report = rows_of(run), json.loads((run / "report.json").read_text())
+    assert json.loads((run / "people.json").read_text()) == list(found.people)
+    assert report["accuracy"] == rows[-1]["accuracy"] and -1 <= report["threshold"] <= 1
+    assert set(rows[0]) >= {"accuracy", "equal_error_rate", "train_cosine", "train_accuracy"}
+
+    # The centres of 11 people lie in 4 parts, then in 2.
+    assert len(found.people) % 4 and len(found.people) % 2
+    again = tmp_path / "again"
+    shutil.copytree(run, again)
+    steps = checkpoints_of(again)
+    for step in steps[len(steps) // 2 :]:
+        shutil.rmtree(again / f"checkpoints/{step}")
+    status, _, err = finish(start("--resume", again, env=env, devices=2))
+    assert status == 0, err
+    for row, other in zip(rows_of(again), rows, strict=True):
+        assert row == pytest.approx(other, rel=2e-3)
+
+    two = tmp_path / "two"
+    where = ["--coordinator", free_address(), "--processes", 2, "--process-id"]
+    options = [*data, "--run-dir", two, *SMALL]
+    for process in [start(*options, *where, i, env=env) for i in range(2)]:
+        status, _, err = finish(process)
+        assert status == 0, err
+    for row, other in zip(rows_of(two), rows, strict=True):
+        assert row == pytest.approx(other, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ([], "--data must be given"),
+        (["--data", "folder:/nowhere"], '--data: there is no "/nowhere"'),
+        (["--data", "TREE", "--pairs", "/nowhere.txt"], '--pairs: "/nowhere.txt" cannot be read'),
+        (["--data", "TREE", "--model.name", "vgg"], '--model.name must be one of list_models("f'),
+        (["--data", "TREE", "--model.blocks", 1, 1], "--model.blocks must be four numbers"),
+        (["--data", "TREE", "--margin.sample", 0], "--margin.sample must be positive and at most"),
+        (
+            ["--data", "TREE", "--train.images-per-person", 3],
+            "--train.images-per-person must be 0 or a number that --train.batch-size 64",
+        ),
+        (["--data", "TREE", "--train.batch-size", 512], "--train.batch-size 512 is more than the"),
+        (["--data", "TREE", "--fold", 1, "--pairs-data", "folder:x"], "leave out --pairs-data"),
+        (["--people", 1], "--people must be at least 2, got 1"),
+    ],
+)
+def test_what_is_refused(tree, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.setattr("experiments.runtime.mesh.join_processes", lambda cluster: None)
+    options = [f"folder:{tree}" if option == "TREE" else str(option) for option in options]
+    run = tmp_path / "run"
+    monkeypatch.setattr(sys, "argv", ["face", "--run-dir", str(run), *options])
+    with pytest.raises(SystemExit) as refused:
+        face.main()
+    assert refused.value.code == 2 and not run.exists()
+    assert message in capsys.readouterr().err
+
+
+# --- LFW's protocol
+
+
+def test_the_runs_of_the_protocol(tmp_path):
+    arguments = lfw.Arguments("folder:/lfw.zip", folds=(3, 4), runs=tmp_path)
+    jobs = lfw.jobs_of(arguments)
+    assert len(jobs) == 4 * 2 * 2
+    recipes = set()
+    for job, (case, found) in jobs.items():
+        plain = dataclasses.replace(found, model=PRESETS["lfw"].model, fold=0)
+        recipes.add(dataclasses.replace(plain, train=dataclasses.replace(plain.train, seed=0)))
+        assert job.name == f"{case}-fold{found.fold}-seed{found.train.seed}"
+        assert configs.arguments(found, PRESETS["lfw"]) == list(job.command[2:])
+    assert len(recipes) == 1  # but for the network, the fold and the seed
+
+
+def test_differences_are_to_the_plain_network_of_the_same_fold_and_seed():
+    accuracies = {
+        "plain": {(0, 0): 0.60, (0, 1): 0.70, (1, 0): 0.65},
+        "dr": {(0, 0): 0.61, (0, 1): 0.73, (1, 1): 0.99},
+    }
+    runs = [
+        lfw.Run(case, fold, seed, {"accuracy": accuracy, "equal_error_rate": 1 - accuracy})
+        for case, values in accuracies.items()
+        for (fold, seed), accuracy in values.items()
+    ]
+    plain, dr = lfw.table(runs).splitlines()[2:]
+    assert plain == "| `nn.Conv` | 65.00 ± 5.00 |  | 35.00 ± 5.00 |  | 3 |"
+    assert "| +2.00 ± 1.00 | 22.33 ± 19.43 | -2.00 ± 1.00 | 3 |" in dr
+
+
+def test_a_run_with_other_options_is_not_taken_for_done(tmp_path):
+    arguments = lfw.Arguments("folder:/lfw.zip", cases=("dr",), folds=(0,), runs=tmp_path)
+    job, wanted = next(iter(lfw.jobs_of(arguments).items()))
+    assert not lfw._is_done(job, wanted)
+    job.folder.mkdir()
+    (job.folder / "report.json").write_text("{}")
+    longer = dataclasses.replace(wanted[1].train, epochs=99)
+    for change, outcome in (
+        ({"data": "folder:/elsewhere"}, None),
+        ({"fold": 1}, "--fold"),
+        ({"train": longer}, "--train.epochs"),
+    ):
+        there = dataclasses.replace(wanted[1], **change)
+        (job.folder / "config.json").write_text(json.dumps(dataclasses.asdict(there)))
+        if outcome is None:
+            assert lfw._is_done(job, wanted)
+        else:
+            with pytest.raises(UserError, match=f"is a run with other options .{outcome}"):
+                lfw._is_done(job, wanted)

@@ -129,7 +129,7 @@ def _is_done(job: Job, wanted: tuple[str, Config]) -> bool:
     if not (job.folder / "report.json").exists():
         return False
     differing = configs.differences(run_folder.read_config(Config, "--runs", job.folder), wanted[1])
-    for name in EXPERIMENT.may_change:
+    for name in set(EXPERIMENT.may_change) - {"train.epochs"}:
         differing = {key: value for key, value in differing.items() if not key.startswith(name)}
     if differing:
         raise UserError(
