@@ -303,7 +303,7 @@ SMALL = [
     "--image-size", 32, 32, "--model.name", "dr_mobilefacenet_all", "--model.width", 0.1,
     "--model.blocks", 1, 1, 0, 0, "--model.regions", 2, "--model.embedding-size", 16,
     "--train.epochs", 2, "--train.batch-size", 8, "--checkpoint.every-steps", 1,
-    "--checkpoint.keep", 9, "--margin.grow-epochs", 1, "--fold", 0,
+    "--checkpoint.keep", 9, "--margin.grow-epochs", 1, "--fold", 1,
 ]  # fmt: skip
 
 
@@ -322,15 +322,14 @@ def test_a_run_on_other_devices_and_processes(tree, env, tmp_path):
     run, data = tmp_path / "run", ["--data", f"folder:{tree}"]
     status, out, err = finish(start(*data, "--run-dir", run, *SMALL, env=env, devices=4))
     assert status == 0, err
-    found = faces.load(config(tree, fold=0))
+    found = faces.load(config(tree, fold=1))
     assert f"{len(found.train)} training images of {len(found.people)} people and 4 pairs" in out
     rows, report = rows_of(run), json.loads((run / "report.json").read_text())
     assert json.loads((run / "people.json").read_text()) == list(found.people)
     assert report["accuracy"] == rows[-1]["accuracy"] and -1 <= report["threshold"] <= 1
     assert set(rows[0]) >= {"accuracy", "equal_error_rate", "train_cosine", "train_accuracy"}
 
-    # The centres of 11 people lie in 4 parts, then in 2.
-    assert len(found.people) % 4 and len(found.people) % 2
+    assert len(found.people) == 11  # whose centres lie in 4 parts, then in 2
     again = tmp_path / "again"
     shutil.copytree(run, again)
     steps = checkpoints_of(again)
@@ -339,7 +338,7 @@ def test_a_run_on_other_devices_and_processes(tree, env, tmp_path):
     status, _, err = finish(start("--resume", again, env=env, devices=2))
     assert status == 0, err
     for row, other in zip(rows_of(again), rows, strict=True):
-        assert row == pytest.approx(other, rel=2e-3)
+        assert row == pytest.approx(other, rel=2e-3, abs=1e-3)
 
     two = tmp_path / "two"
     where = ["--coordinator", free_address(), "--processes", 2, "--process-id"]
@@ -348,7 +347,7 @@ def test_a_run_on_other_devices_and_processes(tree, env, tmp_path):
         status, _, err = finish(process)
         assert status == 0, err
     for row, other in zip(rows_of(two), rows, strict=True):
-        assert row == pytest.approx(other, rel=2e-3)
+        assert row == pytest.approx(other, rel=2e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize(
