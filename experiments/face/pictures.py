@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import pathlib
 import warnings
 from collections.abc import Mapping, Sequence
@@ -274,14 +273,12 @@ def _draw_pair(axis: Any, pair: Pair, *, wrong: bool) -> None:
     height, width = left.shape[:2]
     gap = np.full((height, max(width // 28, 1), 3), 255, np.uint8)
     axis.imshow(np.concatenate([left, gap, right], axis=1))
-    axis.set_axis_off()
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.spines[:].set_visible(False)
     colour = "tab:red" if wrong else "black"
     axis.set_title(f"{pair.similarity:.3f}", fontsize=9, color=colour)
-    names = "\n".join(_shortened(name) for name in pair.names)
-    below = functools.partial(
-        axis.text, 0.5, -0.04, transform=axis.transAxes, ha="center", va="top"
-    )
-    viz.label(below, names, 6)
+    viz.label(axis.set_xlabel, "\n".join(map(_shortened, pair.names)), 6)
 
 
 def _share_from(
