@@ -122,6 +122,8 @@ def combined(scale: float = 64.0, m1: float = 1.0, m2: float = 0.3, m3: float = 
 class MarginLoss(NamedTuple):
     """What `margin_softmax` gives: means over the rows with a label, 0 where there is none.
 
+    Means and not a number a row: the rows may be parted over devices, the means are everyone's.
+
     Attributes:
       loss: the cross-entropy, to be minimised.
       cosine: between embeddings and the centres of their classes; without gradient.
@@ -165,15 +167,15 @@ def margin_softmax(
     again. Within a `jax.shard_map` over the axes, the arguments are a device's own share.
 
     **Sampled negatives**, with `sample` (An et al., Partial FC, CVPR 2022): a device computes with
-    those of its centres that are of the batch's classes, and draws others to have this share of
-    all. Centres left out are missing in the softmax's sum, so that the loss is lower and `accuracy`
-    higher than the exact ones, and their gradient is zero. Shapes are fixed, and all rows of the
-    batch may be of one device's classes: a device never takes fewer centres than the batch of all
-    devices has rows, so that sampling saves only where it has many more.
+    those of its centres whose classes are in the batch, and with others drawn at random, together
+    this share of its centres. The rest is missing in the softmax's sum, so that the loss is lower
+    and `accuracy` higher than the exact ones, and gets a gradient of zero. A device never takes
+    fewer centres than the batch of all devices has rows, because all of these may be of its
+    classes: sampling saves only where it has many more.
 
     Args:
       embeddings, centres: of any length; they are normalised here.
-      labels: classes from 0; rows of -1 do not count.
+      labels: classes, from 0 to `num_classes` - 1; rows of -1 do not count.
       margin: of the true class.
       strength: how much of the margin there is, from 0 to 1; it may be traced, and grow over the
         first epochs.
@@ -188,8 +190,9 @@ def margin_softmax(
         up to a quarter.
 
     Raises:
-      TypeError, ValueError: `num_classes`, `sample` or `precision` is none, `key` is missing, or
-        the devices do not divide the rows.
+      TypeError: `num_classes` is no integer.
+      ValueError: `num_classes`, `sample` or `precision` is out of range, `key` is missing where
+        there is `sample`, or the devices do not divide the rows.
     """
     check_precision(precision)
     if sample is not None and not 0 < sample <= 1:

@@ -6,7 +6,9 @@ import pathlib
 import re
 
 import jax
+import jax.export
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -111,7 +113,7 @@ def test_a_margin_is_its_formula_and_so_is_its_derivative(margin):
     np.testing.assert_allclose(derivative, slopes, rtol=1e-4)
 
 
-@pytest.mark.parametrize("margin", [*CASES.values(), Margin(m1=1.35), Margin(m1=2.0, m3=0.1)])
+@pytest.mark.parametrize("margin", [arcface(), Margin(m2=0.5), cosface(), Margin(m1=2.0, m3=0.1)])
 def test_no_gradient_is_infinite_where_embeddings_lie_on_centres(margin):
     _, centres, _ = draw(0, 6)
     embeddings = jnp.concatenate([centres, -centres])
@@ -140,7 +142,6 @@ def test_strength_scales_the_margin():
 
     for whole, half in (
         (arcface(), arcface(margin=0.25)),
-        (arcface(easy=True), arcface(margin=0.25, easy=True)),
         (combined(m1=1.4, m2=0.2, m3=0.1), combined(m1=1.2, m2=0.1, m3=0.05)),
     ):
         assert_same(found(0.5, whole), found(1.0, half))
@@ -174,6 +175,25 @@ def test_bfloat16_is_computed_in_float32():
     for a, b in zip(gradients, wide_gradients, strict=True):
         assert a.dtype == jnp.bfloat16
         np.testing.assert_array_equal(a, b.astype(jnp.bfloat16))
+
+
+def test_transformations_of_jax():
+    embeddings, centres, labels = draw(6, 5)
+    margin = combined(scale=4.0, m1=1.1)
+
+    @jax.jit
+    def loss(embeddings, centres):
+        return margin_softmax(embeddings, centres, labels, margin).loss
+
+    # Forward and reverse mode, each against finite differences.
+    jax.test_util.check_grads(loss, (embeddings, centres), order=1, atol=2e-3, rtol=2e-3, eps=1e-2)
+    expected = jax.jit(jax.grad(loss, (0, 1)))(embeddings, centres)
+    assert_same(jax.jit(jax.grad(jax.checkpoint(loss), (0, 1)))(embeddings, centres), expected)
+    pairs = [jnp.stack([a, a[::-1]]) for a in (embeddings, centres)]
+    both = jax.jit(jax.vmap(loss))(*pairs)
+    assert_same(both, jnp.stack([loss(*(a[i] for a in pairs)) for i in range(2)]))
+    exported = jax.export.export(loss)(embeddings, centres)
+    assert_same(exported.call(embeddings, centres), loss(embeddings, centres))
 
 
 # Over a mesh.
@@ -213,7 +233,7 @@ def over(mesh, margin, embeddings, centres, labels, **options):
     margin=st.sampled_from([arcface(), cosface(), combined(m1=1.1)]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=6, deadline=None)
 def test_many_devices_find_what_one_finds(devices, axis_type, classes, rows, margin, seed):
     arrays = draw(rows * devices, classes, seed=seed)
     found = over(mesh_of(devices, axis_type), margin, *arrays)
@@ -229,12 +249,11 @@ def test_within_a_shard_map_arguments_are_a_devices_own(mesh):
     assert_same(run(*placed), margin_softmax(*arrays, cosface(), num_classes=21))
 
 
-def test_axes_that_the_mesh_lacks_are_ignored(mesh):
-    arrays = draw(6, 5)
-    expected = margin_softmax(*arrays, cosface())
-    with jax.set_mesh(mesh):
-        assert_same(margin_softmax(*arrays, cosface(), axes=("copy",)), expected)
-    assert_same(margin_softmax(*arrays, cosface(), axes=("copy",)), expected)
+def test_axes_that_the_mesh_lacks_are_ignored():
+    arrays = draw(6, 5)  # which eight devices would not divide
+    expected = with_gradients(*arrays, cosface())
+    with jax.set_mesh(mesh_of(8)):
+        assert_same(with_gradients(*arrays, cosface(), axes=("data",)), expected)
 
 
 def compiled(mesh, batch, classes, features):

@@ -90,9 +90,9 @@ class Faces(NamedTuple):
       left_out: what of the data is not used and why, a line for each kind.
     """
 
-    train: EncodedSplit
+    train: Chosen
     people: tuple[str, ...]
-    held_out: EncodedSplit
+    held_out: Chosen
     pairs: Pairs
     judged: Bool[np.ndarray, pairs]
     left_out: tuple[str, ...]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -13,9 +14,11 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from drconv_jax.margin_softmax import Margin, margin_softmax
 from drconv_jax.models import EmbeddingNetwork, MobileFaceNet
+from experiments.face import protocols
 from experiments.face.config import Config
 from experiments.face.pairs import Pairs
 from experiments.runtime import mesh as meshes
+from experiments.runtime.errors import DataLost
 from experiments.runtime.images import normalize
 from experiments.runtime.metrics import Row
 from experiments.runtime.task import BatchShapes, DeviceBatch, HostBatch, Variables
@@ -43,6 +46,7 @@ class Recognition:
       held_out: the numbers by which `pairs` means the held-out images; some may be missing.
       pairs: pairs of these; None where nothing is evaluated.
       judged: the pairs that count; see `faces.Faces`.
+      seen: is called, on every process, with every evaluation.
     """
 
     model: MobileFaceNet | EmbeddingNetwork
@@ -55,6 +59,7 @@ class Recognition:
     held_out: Int[np.ndarray, images] | None = None
     pairs: Pairs | None = None
     judged: Bool[np.ndarray, pairs] | None = None
+    seen: Callable[[FaceEvaluation], None] = lambda _: None
 
     best = "accuracy"
     reduces = False
@@ -130,7 +135,7 @@ class Recognition:
         """The protocol of the pairs."""
         assert self.held_out is not None
         assert self.pairs is not None and self.judged is not None
-        return FaceEvaluation(self.held_out, self.pairs, self.judged)
+        return FaceEvaluation(self.held_out, self.pairs, self.judged, self.seen)
 
 
 def task_of(config: Config, people: int, steps_per_epoch: int = 1) -> Recognition:
@@ -173,15 +178,22 @@ class FaceEvaluation:
     """Collects embeddings, and compares those of every pair.
 
     Attributes:
-      similarities: cosines of the pairs that could be compared, once `row` was called.
-      compared: which pairs those are.
-      threshold: from which on two images are of one person.
+      similarities: cosines of the pairs, NaN where an image is missing; once `row` was called.
+      threshold: the cosine from which on two images are taken for one person's.
     """
 
-    def __init__(self, held_out: int, pairs: Pairs, judged: Bool[np.ndarray, pairs]):
-        self._held_out, self._pairs, self._judged = held_out, pairs, judged
+    def __init__(
+        self,
+        held_out: Int[np.ndarray, images],
+        pairs: Pairs,
+        judged: Bool[np.ndarray, pairs],
+        seen: Callable[[FaceEvaluation], None],
+    ):
+        self._held_out, self._pairs, self._judged, self._seen = held_out, pairs, judged, seen
         self._index: list[np.ndarray] = []
         self._embeddings: list[np.ndarray] = []
+        self.similarities = np.empty(0)
+        self.threshold = math.nan
 
     def add(self, batch: HostBatch, results: Any) -> None:
         """Takes in a batch's embeddings."""
@@ -190,13 +202,62 @@ class FaceEvaluation:
         self._embeddings.append(np.asarray(results))
 
     def row(self) -> Row:
-        """The metrics; see `protocols`."""
+        """The metrics; see `protocols`.
+
+        "accuracy" is that of the pairs which are judged: at the threshold that is best for all
+        other pairs, which are those set apart, or, in the ten-fold protocol, those of other folds.
+        The "equal_error_rate" and "tar" at two false accept rates know no threshold.
+        """
+        distances = self._distances()
+        self.similarities = 1 - distances / 2
+        known = ~np.isnan(distances)
+        judged, pairs = self._judged & known, self._pairs
+        if not (judged & pairs.same).any() or not (judged & ~pairs.same).any():
+            raise DataLost("no pairs are left whose images can be read")
+        by_fold = self._judged.all()
+        folds = pairs.folds if by_fold else self._judged.astype(int)
+        found = protocols.verification(distances[known], pairs.same[known], folds[known])
+        threshold = found.fold_threshold.mean() if by_fold else found.fold_threshold[-1]
+        self.threshold = 1 - float(threshold) / 2
+        curve = protocols.roc(self.similarities[judged], pairs.same[judged])
+        row: Row = {
+            "accuracy": found.accuracy if by_fold else float(found.fold_accuracy[-1]),
+            **({"accuracy_std": found.std} if by_fold else {}),
+            "equal_error_rate": protocols.equal_error_rate(curve),
+            "tar_at_far_0.1": protocols.tar_at_far(curve, 0.1).tar,
+            "tar_at_far_0.01": protocols.tar_at_far(curve, 0.01).tar,
+            **self._equal_error_rate_of_others(known),
+            "threshold": self.threshold,
+            "pairs": int(judged.sum()),
+        }
+        self._seen(self)
+        return row
+
+    def _equal_error_rate_of_others(self, known: Bool[np.ndarray, pairs]) -> Row:
+        """Of the pairs that are not judged, by which options may be chosen."""
+        others, same = known & ~self._judged, self._pairs.same
+        if not (others & same).any() or not (others & ~same).any():
+            return {}
+        curve = protocols.roc(self.similarities[others], same[others])
+        return {"equal_error_rate_of_others": protocols.equal_error_rate(curve)}
+
+    def _distances(self) -> Float[np.ndarray, pairs]:
+        """Squared, between the embeddings of each pair, made of length 1."""
         index, embeddings = (
             meshes.from_all_processes(np.concatenate(parts))
             for parts in (self._index, self._embeddings)
         )
         real = index >= 0
-        every = np.zeros((self._held_out, embeddings.shape[1]), np.float32)
-        every[index[real]] = embeddings[real]
-        known = np.isin(np.arange(self._held_out), index[real])
-        return {}
+        if not real.any():
+            raise DataLost("none of the held-out images can be read")
+        number = self._held_out[index[real]]
+        every = np.full((number.max() + 1, embeddings.shape[1]), np.nan, np.float32)
+        every[number] = protocols.templates(jnp.asarray(embeddings[real]))
+        every = np.append(every, every[:1] * np.nan, axis=0)  # in the place of those behind
+        first, second = (
+            every[np.minimum(places, len(every) - 1)]
+            for places in (self._pairs.first, self._pairs.second)
+        )
+        return np.asarray(
+            protocols.squared_distances(jnp.asarray(first), jnp.asarray(second)), np.float64
+        )
