@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from experiments.face.protocols import templates
 from experiments.face.trained import Embedder
 from experiments.runtime.errors import UserError, reason
 from experiments.runtime.files import replacing
@@ -49,10 +50,9 @@ def unit_embeddings(
       flip: whether the mirror image's embedding is added.
     """
     sides = jnp.stack([images, images[:, :, ::-1]] if flip else [images], axis=1)
-    each = apply(network, normalize(sides.reshape(-1, *images.shape[1:]))).astype(jnp.float32)
-    total = each.reshape(-1, sides.shape[1], each.shape[-1]).sum(axis=1)
-    squares = jnp.square(total).sum(axis=-1, keepdims=True)
-    return total * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
+    each = apply(network, normalize(sides.reshape(-1, *images.shape[1:])))
+    each = each.reshape(-1, sides.shape[1], each.shape[-1])
+    return templates(each[:, 0], each[:, 1] if flip else None)
 
 
 def compiled(

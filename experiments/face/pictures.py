@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from drconv_jax import viz
 from drconv_jax.models import EmbeddingNetwork, MobileFaceNet
+from experiments.face import protocols
 from experiments.runtime.files import replacing
 from experiments.runtime.images import normalize
 from experiments.runtime.sources.splits import evenly_spread
@@ -60,19 +61,15 @@ def draw_roc(
     """
     from matplotlib.figure import Figure
 
-    # From each threshold on: one step for all pairs that are exactly as similar.
-    thresholds = np.unique(similarities)[::-1]
-    tar, far = (_share_from(similarities[kind], thresholds) for kind in (same, ~same))
+    curve = protocols.roc(similarities, same)
     least = 1 / np.count_nonzero(~same)  # the lowest FAR that so many pairs can show, but for 0
     figure = Figure(figsize=(4.8, 4.2), layout="constrained")
     axis = figure.subplots()
-    axis.step(np.maximum(far, least / 2), tar, where="post", color=_ONE)
-    own_tar, own_far = (
-        _share_from(similarities[kind], np.array([threshold])) for kind in (same, ~same)
-    )
+    axis.step(np.maximum(curve.far, least / 2), curve.tar, where="post", color=_ONE)
+    tar, far = (np.mean(similarities[kind] >= threshold) for kind in (same, ~same))
     axis.plot(
-        np.maximum(own_far, least / 2), own_tar, "o", color="black", markersize=5, clip_on=False,
-        label=f"threshold {threshold:.3f}:\nTAR {own_tar[0]:.4f} at FAR {own_far[0]:.4f}",
+        [max(far, least / 2)], [tar], "o", color="black", markersize=5, clip_on=False,
+        label=f"threshold {threshold:.3f}:\nTAR {tar:.4f} at FAR {far:.4f}",
     )  # fmt: skip
     chance = np.geomspace(least / 2, 1)
     axis.plot(chance, chance, ":", color="gray", label="chance")
@@ -279,14 +276,6 @@ def _draw_pair(axis: Any, pair: Pair, *, wrong: bool) -> None:
     colour = "tab:red" if wrong else "black"
     axis.set_title(f"{pair.similarity:.3f}", fontsize=9, color=colour)
     viz.label(axis.set_xlabel, "\n".join(map(_shortened, pair.names)), 6)
-
-
-def _share_from(
-    similarities: Float[np.ndarray, pairs], thresholds: Float[np.ndarray, n]
-) -> Float[np.ndarray, n]:
-    """The share of pairs that are as similar as each threshold, or more."""
-    below = np.searchsorted(np.sort(similarities), thresholds, side="left")
-    return 1 - below / len(similarities)
 
 
 def _counts(same: Bool[np.ndarray, pairs]) -> str:
