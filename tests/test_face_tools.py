@@ -364,9 +364,9 @@ def test_similarities(monkeypatch):
     same = np.arange(8) < 4
     axis = curve_of(pictures.draw_similarities, monkeypatch, similarities, same, 0.5)
     assert [text.get_text() for text in axis.get_legend().get_texts()] == [
-        "threshold 0.500",
         "one person (4 pairs): 25.0% below",
         "two people (4 pairs): 25.0% above",
+        "threshold 0.500",
     ]
     heights = [bar.get_height() for bar in axis.patches]
     assert sum(heights[:60]) == pytest.approx(100) and sum(heights[60:]) == pytest.approx(100)
