@@ -107,6 +107,13 @@ def files_of(path: pathlib.Path) -> tuple[list[str], Reader, list[str]]:
     return sorted(spelt.values()), ZipReader(path), []
 
 
+def images_of(path: pathlib.Path) -> tuple[list[str], Reader, list[str]]:
+    """`files_of`, without what is hidden and what has no suffix of an image."""
+    names, reader, left_out = files_of(path)
+    images = _images(reader, names, left_out)
+    return sorted(itertools.chain.from_iterable(images.values())), reader, left_out
+
+
 class Reader(Protocol):
     """Reads the files of a tree by their names in it, from any thread."""
 
