@@ -236,7 +236,7 @@ def evaluated(first, second, same, folds, judged, embeddings, index, held_out):
 
 def test_a_threshold_is_chosen_by_others():
     angle = np.radians([0, 10, 0, 40, 0, 50, 0, 80])  # of the two images of four pairs
-    embeddings = 3 * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+    embeddings = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     order = [7, 2, 3, 0, 1, 6, 5, 4]
     index = [*order, -1]
     rows = [*embeddings[order], [np.nan, np.nan]]
@@ -327,6 +327,9 @@ def test_a_run_on_other_devices_and_processes(tree, env, tmp_path):
     rows, report = rows_of(run), json.loads((run / "report.json").read_text())
     assert json.loads((run / "people.json").read_text()) == list(found.people)
     assert report["accuracy"] == rows[-1]["accuracy"] and -1 <= report["threshold"] <= 1
+    for picture in ("roc", "similarities", "hardest_pairs", "guide_masks"):
+        with Image.open(run / f"{picture}.png") as drawn:
+            assert min(drawn.size) > 200
     assert set(rows[0]) >= {"accuracy", "equal_error_rate", "train_cosine", "train_accuracy"}
 
     assert len(found.people) == 11  # whose centres lie in 4 parts, then in 2

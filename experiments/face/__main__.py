@@ -19,10 +19,10 @@ import jax
 import numpy as np
 import tyro
 
-from experiments.face import faces
+from experiments.face import faces, report
 from experiments.face.config import PRESETS, Config, Preset
 from experiments.face.feed import Decoded, FaceImages, in_memory
-from experiments.face.task import Recognition, task_of
+from experiments.face.task import FaceEvaluation, Recognition, task_of
 from experiments.runtime import experiment
 from experiments.runtime.errors import UserError
 from experiments.runtime.experiment import Experiment, Setup
@@ -66,11 +66,13 @@ def set_up(config: Config, loading: Loading) -> Setup:
     labels = train.labels if isinstance(train, Decoded) else found.train.labels
     share = Share(config.train.batch_size, jax.process_index(), jax.process_count())
     feed = FaceImages(train, held_out, labels, share, config.image_size, config.train, loading)
+    last: list[FaceEvaluation] = []
     task = dataclasses.replace(
         task_of(config, len(found.people), feed.steps_per_epoch),
         held_out=held_out.places if isinstance(held_out, Decoded) else np.arange(len(held_out)),
         pairs=found.pairs,
         judged=found.judged,
+        seen=last.append,
     )
     try:
         jax.eval_shape(task.init, jax.random.key(0))
@@ -85,6 +87,7 @@ def set_up(config: Config, loading: Loading) -> Setup:
         skipped=skipped,
         left_out=found.left_out,
         files={"people.json": found.people},
+        pictures=report.at_the_end(config, task, found, last),
     )
 
 

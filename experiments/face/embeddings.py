@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from experiments.face.protocols import templates
+from experiments.face.task import unit_embeddings
 from experiments.face.trained import Embedder
 from experiments.runtime.errors import UserError, reason
 from experiments.runtime.files import replacing
-from experiments.runtime.images import normalize
 from experiments.runtime.sources.splits import digest_of
 from experiments.runtime.task import Variables
 
@@ -32,27 +30,6 @@ class Gallery(NamedTuple):
     names: Sequence[str]
     embeddings: Float[np.ndarray, "count embedding_size"]
     network: str
-
-
-def unit_embeddings(
-    apply: Callable[..., Any],
-    network: Variables,
-    images: UInt8[Array, "batch height width 3"],
-    *,
-    flip: bool,
-) -> Float[Array, "batch embedding_size"]:
-    """Embeddings of images, of unit length, in float32.
-
-    Args:
-      apply: (variables, normalized images) to embeddings of any length, at inference.
-      network: the variables.
-      images: of the size that the network is for.
-      flip: whether the mirror image's embedding is added.
-    """
-    sides = jnp.stack([images, images[:, :, ::-1]] if flip else [images], axis=1)
-    each = apply(network, normalize(sides.reshape(-1, *images.shape[1:])))
-    each = each.reshape(-1, sides.shape[1], each.shape[-1])
-    return templates(each[:, 0], each[:, 1] if flip else None)
 
 
 def compiled(

@@ -22,7 +22,7 @@ from jaxtyping import Array, Float, UInt8
 
 from drconv_jax.fold import fold_batch_norm
 from experiments.export import files
-from experiments.face.embeddings import unit_embeddings
+from experiments.face.task import unit_embeddings
 from experiments.face.trained import Embedder, read_embedder
 from experiments.runtime import commands
 from experiments.runtime.task import Variables

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, UInt8
 
 from drconv_jax.margin_softmax import Margin, margin_softmax
 from drconv_jax.models import EmbeddingNetwork, MobileFaceNet
@@ -124,12 +124,9 @@ class Recognition:
     def evaluate(
         self, variables: Variables, batch: DeviceBatch
     ) -> Float[Array, "batch embedding_size"]:
-        """Embeddings of the images, of any length, in float32."""
-        network = {
-            "params": variables["params"]["network"],
-            "batch_stats": variables["batch_stats"],
-        }
-        return embeddings_of(self.model, network, batch["image"], flip=self.flip)
+        """Embeddings of the images, of unit length, in float32."""
+        network = network_of(variables)
+        return unit_embeddings(self.model.apply, network, batch["image"], flip=self.flip)
 
     def evaluation(self) -> FaceEvaluation:
         """The protocol of the pairs."""
@@ -157,21 +154,25 @@ def network_of(variables: Variables) -> Variables:
     return {**variables, "params": variables["params"]["network"]}
 
 
-def embeddings_of(
-    model: MobileFaceNet | EmbeddingNetwork, network: Variables, images: Array, *, flip: bool
+def unit_embeddings(
+    apply: Callable[..., Any],
+    network: Variables,
+    images: UInt8[Array, "batch height width 3"],
+    *,
+    flip: bool,
 ) -> Float[Array, "batch embedding_size"]:
-    """Embeddings of images, of any length, in float32.
+    """Embeddings of images, of unit length, in float32.
 
     Args:
-      model: the network.
-      network: its variables.
-      images: uint8, (batch, height, width, 3).
+      apply: (variables, normalized images) to embeddings of any length, at inference.
+      network: the variables.
+      images: of the size that the network is for.
       flip: whether the mirror image's embedding is added.
     """
-    sides = (images, images[:, :, ::-1]) if flip else (images,)
-    each = [model.apply(network, normalize(side), train=False) for side in sides]
-    total: Array = sum((jnp.asarray(e, jnp.float32) for e in each), start=jnp.zeros(()))
-    return total
+    sides = jnp.stack([images, images[:, :, ::-1]] if flip else [images], axis=1)
+    each = apply(network, normalize(sides.reshape(-1, *images.shape[1:])))
+    each = each.reshape(-1, sides.shape[1], each.shape[-1])
+    return protocols.templates(each[:, 0], each[:, 1] if flip else None)
 
 
 class FaceEvaluation:
@@ -242,7 +243,7 @@ class FaceEvaluation:
         return {"equal_error_rate_of_others": protocols.equal_error_rate(curve)}
 
     def _distances(self) -> Float[np.ndarray, pairs]:
-        """Squared, between the embeddings of each pair, made of length 1."""
+        """Squared, between the embeddings of each pair."""
         index, embeddings = (
             meshes.from_all_processes(np.concatenate(parts))
             for parts in (self._index, self._embeddings)
@@ -252,7 +253,7 @@ class FaceEvaluation:
             raise DataLost("none of the held-out images can be read")
         number = self._held_out[index[real]]
         every = np.full((number.max() + 1, embeddings.shape[1]), np.nan, np.float32)
-        every[number] = protocols.templates(jnp.asarray(embeddings[real]))
+        every[number] = embeddings[real]
         every = np.append(every, every[:1] * np.nan, axis=0)  # in the place of those behind
         first, second = (
             every[np.minimum(places, len(every) - 1)]
