@@ -95,7 +95,8 @@ def read_gallery(option: str, path: pathlib.Path) -> Gallery:
       UserError: it is no such file.
     """
     try:
-        with np.load(path) as arrays:
+        # NumPy leaves a file open that it has opened itself and cannot read.
+        with path.open("rb") as file, np.load(file) as arrays:
             embeddings, names = arrays["embeddings"], arrays["names"]
             network = str(arrays["network"]) if "network" in arrays else ""
         gallery = Gallery(names.tolist(), embeddings.astype(np.float32), network)
