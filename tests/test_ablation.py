@@ -19,7 +19,7 @@ from experiments.ablation.results import Results, Run
 from experiments.classification import guides
 from experiments.classification.__main__ import Arguments
 from experiments.classification.config import PRESETS
-from experiments.runtime import configs
+from experiments.runtime import configs, jobs
 from experiments.runtime.errors import UserError
 
 KEY = jax.random.key(0)
@@ -102,18 +102,18 @@ def faked(monkeypatch, tmp_path):
     """Runs that leave a report at once; gives the list of those that were done."""
     done, images = [], [40]
 
-    def start(run, cores, runs):
-        folder = runs / f"{run.case}-{run.seed}"
-        folder.mkdir(parents=True)
-        accuracy = 0.5 + 0.1 * run.seed
-        (folder / "report.json").write_text(json.dumps({"test_accuracy": accuracy}))
-        (folder / "data.json").write_text(json.dumps({"training images": images[0]}))
-        done.append((run.case, run.seed))
-        status = 1 if run.case == "m16" else 0
+    def start(job, cores):
+        case, seed = job.name.split("/")
+        job.folder.mkdir(parents=True)
+        accuracy = 0.5 + 0.1 * int(seed)
+        (job.folder / "report.json").write_text(json.dumps({"test_accuracy": accuracy}))
+        (job.folder / "data.json").write_text(json.dumps({"training images": images[0]}))
+        done.append((case, int(seed)))
+        status = 1 if case == "m16" else 0
         process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
-        return ablation._Job(run, process, folder, cores)
+        return jobs._Process(job, process, cores)
 
-    monkeypatch.setattr(ablation, "_start", start)
+    monkeypatch.setattr(jobs, "_start", start)
     arguments = functools.partial(
         ablation.Arguments, "folder:x", runs=tmp_path / "runs", out=tmp_path / "out"
     )
@@ -170,7 +170,7 @@ def test_readmes_command_finds_the_published_results():
 
 def test_a_run_that_fails_stops_the_study(faked, tmp_path):
     _, arguments, _ = faked
-    with pytest.raises(UserError, match="m16-0 ended with status 1; see"):
+    with pytest.raises(UserError, match="m16-seed0 ended with status 1; see"):
         ablation._run_all(arguments(cases=("m16",), seeds=1, jobs=1), Results(tmp_path / "out"))
 
 

@@ -48,6 +48,23 @@ def few_stages(monkeypatch):
         monkeypatch.setattr(family, "STAGES", family.STAGES[:stages])
 
 
+def test_every_name_is_for_some_task():
+    tasks = [set(list_models(task)) for task in ("classification", "detection", "faces")]
+    assert set(list_models()) == set.union(*tasks)
+    assert tasks[0] & tasks[2] == {name for name in list_models() if "mobilefacenet" in name}
+    assert not tasks[1] & (tasks[0] | tasks[2])
+
+
+@pytest.mark.parametrize("name", list_models("faces"))
+def test_embeddings_of_faces(name):
+    model = create_model(name, embedding_size=24, dtype=jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((2, 112, 96, 3), jnp.float32)
+    embeddings, variables = jax.eval_shape(model.init_with_output, jax.random.key(0), x)
+    assert embeddings.shape == (2, 24) and embeddings.dtype == jnp.bfloat16
+    # The convolution over the whole feature map finds a sixteenth of the image.
+    assert variables["params"]["global_depthwise"]["kernel"].shape == (7, 6, 1, 512)
+
+
 @pytest.mark.parametrize("name", list_models("classification"))
 def test_every_name_builds(name):
     model = create_model(name, num_classes=7)

@@ -66,6 +66,9 @@ class Regression:
     def trained(self, params):
         return {"backbone": {"kernel": False}, "head": {"slope": True}}
 
+    def parted(self, params):
+        return jax.tree.map(lambda _: False, params)
+
     def batch_shapes(self, batch_size):
         targets = jax.ShapeDtypeStruct((batch_size,), jnp.float32)
         return tuple({**b, "target": targets} for b in self.evaluation_batch_shapes(batch_size))
@@ -76,7 +79,7 @@ class Regression:
             for canvas in CANVASES
         )
 
-    def loss(self, variables, batch, key):
+    def loss(self, variables, batch, key, step):
         noise = 0.01 * jax.random.normal(key, batch["target"].shape)
         errors = self.evaluate(variables, batch) + noise - batch["target"]
         parts = {"bias": errors.mean(), "square": (errors**2).mean()}
@@ -181,9 +184,11 @@ class Feed:
         return pipeline.evaluation(self.test, places, real, self.share)
 
 
-def train(folder, recipe=RECIPE, **feed):
-    when, where = CheckpointConfig(keep=1), make_mesh()
-    return loop.train(Regression(), Feed(**feed), recipe, folder, mesh=where, checkpoint=when)
+def train(folder, recipe=RECIPE, *, task=None, devices=None, **feed):
+    when, where = CheckpointConfig(keep=1), make_mesh(devices=devices)
+    return loop.train(
+        task or Regression(), Feed(**feed), recipe, folder, mesh=where, checkpoint=when
+    )
 
 
 def test_it_trains_what_is_to_be_trained_and_is_judged_by_its_own_metric(tmp_path, capsys):
@@ -223,6 +228,43 @@ def test_it_goes_on_as_if_it_had_never_been_stopped(tmp_path):
         state, *_ = train(folder)
         jax.tree.map(np.testing.assert_array_equal, state, whole)
         assert rows_of(folder) == rows_of(tmp_path / "whole")
+
+
+@dataclasses.dataclass(frozen=True)
+class InParts(Regression):
+    """Its slope is the sum of seven numbers, of which no device has more than its part."""
+
+    def init(self, key):
+        seven = jax.random.uniform(key, (7,)) / 7
+        return {"params": {"backbone": {"kernel": jnp.array(2.0)}, "slopes": seven}}
+
+    def trained(self, params):
+        return {"backbone": {"kernel": False}, "slopes": True}
+
+    def parted(self, params):
+        return {"backbone": {"kernel": False}, "slopes": True}
+
+    def evaluate(self, variables, batch):
+        slopes = variables["params"]["slopes"]
+        slope = jnp.where(jnp.arange(len(slopes)) < 7, slopes, 0).sum()
+        return 2 * slope * batch["image"].mean((1, 2))
+
+
+def test_what_lies_in_parts_goes_on_on_another_number_of_devices(tmp_path):
+    whole, rows = train(tmp_path / "whole", task=InParts())[:2]
+    with pytest.raises(Preempted):
+        train(tmp_path / "run", task=InParts(), stop_before=3)
+    with pytest.raises(Preempted):
+        train(tmp_path / "run", task=InParts(), stop_before=6, devices=jax.devices()[:2])
+    state, metrics, _ = train(tmp_path / "run", task=InParts(), devices=jax.devices()[:4])
+    assert metrics["test_score"] == pytest.approx(rows["test_score"], rel=1e-4)
+    for tree in (state.variables, state.average, state.opt_state):
+        lengths = {shard.data.shape for leaf in jax.tree.leaves(tree) if leaf.ndim == 1
+                   for shard in leaf.addressable_shards}  # fmt: skip
+        assert lengths == {(2,)}  # of 8, the last of which is no slope
+    found, expected = (s.variables["params"]["slopes"] for s in (state, whole))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    assert found[7] == 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Networks whose convolutions DRConv can replace, one file a network; `registry` names them."""
 
+from drconv_jax.models.embedding import EmbeddingNetwork
 from drconv_jax.models.mobilefacenet import MobileFaceNet
 from drconv_jax.models.mobilenet_v1 import MobileNetV1
 from drconv_jax.models.mobilenet_v2 import MobileNetV2
@@ -9,6 +10,7 @@ from drconv_jax.models.shufflenet_v2 import ShuffleNetV2
 
 __all__ = [
     "BlockGuide",
+    "EmbeddingNetwork",
     "MobileFaceNet",
     "MobileNetV1",
     "MobileNetV2",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.typing import Dtype
 from jaxtyping import Array, Float
 
 from drconv_jax import fast_cpu
-from drconv_jax.checks import check_count, check_counts
+from drconv_jax.checks import check_counts
+from drconv_jax.models.embedding import PReLU, embedded
 from drconv_jax.models.parts import (
     BlockGuide,
     ConvFactory,
@@ -24,19 +24,8 @@ from drconv_jax.models.parts import (
 
 # Table 1 of the paper: channels; expanded channels of the block with strides 2 and of those
 # behind it. The first of the four numbers of blocks is that of the stem's depthwise convolutions.
-_STEM_CHANNELS, _STEM_EXPANDED, _LAST_CHANNELS = 64, 128, 512
+_STEM_CHANNELS, _STEM_EXPANDED = 64, 128
 _STAGES = ((64, 128, 128), (128, 256, 256), (128, 512, 256))
-
-
-class PReLU(nn.Module):
-    """max(0, x) + slope * min(0, x) with a learnt slope for every channel."""
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch channels"]) -> Float[Array, "*batch channels"]:
-        """Applies the activation."""
-        slope = self.param("negative_slope", nn.initializers.constant(0.25), (x.shape[-1],))
-        slope = jnp.expand_dims(slope.astype(x.dtype), range(x.ndim - 1))
-        return jnp.where(x >= 0, x, slope * x)
 
 
 class Block(nn.Module):
@@ -121,8 +110,6 @@ class MobileFaceNet(nn.Module):
         """
         check_network(x, self.width, self.num_classes)
         check_counts("blocks", self.blocks, 4, least=0)
-        if self.embedding_size is not None:
-            check_count("embedding_size", self.embedding_size)
 
         def block(x: Array, channels: int, expanded: int, strides: int, name: str) -> Array:
             module = Block(
@@ -161,14 +148,7 @@ class MobileFaceNet(nn.Module):
             maps[stride] = x
         if features:
             return maps
-        x = norm_prelu(conv(x, _LAST_CHANNELS, "head_conv", dtype=self.dtype), "head")
-        whole = (x.shape[1], x.shape[2])
-        x = depthwise_conv(x, "global_depthwise", kernel_size=whole, padding=0, dtype=self.dtype)
-        x = norm(x, "global_depthwise_norm", train=train, dtype=self.dtype)
-        x = x.reshape(x.shape[0], x.shape[-1])
-        if self.embedding_size is not None:
-            x = nn.Dense(self.embedding_size, use_bias=False, dtype=self.dtype, name="embedding")(x)
-            x = norm(x, "embedding_norm", train=train, dtype=self.dtype)
+        x = embedded(x, self.embedding_size, train=train, dtype=self.dtype)
         if self.num_classes is None:
             return x
         return nn.Dense(self.num_classes, dtype=self.dtype, name="classifier")(x)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -61,7 +60,7 @@ class LabelledImages:
     def training(self, step: int) -> Iterator[HostBatch]:
         """Endless full batches from a step on, in an order drawn anew for every epoch."""
         if isinstance(self.train, ArraySplit):
-            return self._training_arrays(self.train, step)
+            return pipeline.training_arrays(_arrays(self.train), self._order, step, self.share)
         samples = _Augmented(self.train, self.image_size, self.augment, self.flips)
         order = grain.MapDataset.range(len(self.train)).seed(self.seed).shuffle()
         return pipeline.training(samples, order, self.seed, step, self.share, self.loading)
@@ -70,28 +69,22 @@ class LabelledImages:
         """Batches that have every image once, in order, and padding behind the last."""
         places, real = pipeline.padded(len(self.test), self.share.batch_size)
         if isinstance(self.test, ArraySplit):
-            return self._evaluation_arrays(self.test, places, real)
+            batches = pipeline.evaluation_arrays(_arrays(self.test), places, real, self.share)
+            return map(_without_labels_of_padding, batches)
         samples = _HeldOut(self.test, self.image_size, self.augment)
         return pipeline.evaluation(samples, places, real, self.share, self.loading)
 
-    def _training_arrays(self, split: ArraySplit, step: int) -> Iterator[HostBatch]:
-        share, steps = self.share, self.steps_per_epoch
-        for epoch in itertools.count(step // steps):
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(split))
-            for batch in range(step % steps, steps):
-                index = share.of(order[batch * share.batch_size :])
-                arrays = {"image": split.images[index], "label": split.labels[index]}
-                yield HostBatch(arrays, index, broken={})
-            step = 0
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
 
-    def _evaluation_arrays(
-        self, split: ArraySplit, places: np.ndarray, real: np.ndarray
-    ) -> Iterator[HostBatch]:
-        for place, is_real in zip(places, real, strict=True):
-            index = self.share.of(np.where(is_real, place, -1))
-            labels = np.where(index >= 0, split.labels[index], -1).astype(np.int32)
-            arrays = {"image": split.images[index], "label": labels}
-            yield HostBatch(arrays, index, broken={})
+
+def _arrays(split: ArraySplit) -> dict[str, np.ndarray]:
+    return {"image": split.images, "label": split.labels}
+
+
+def _without_labels_of_padding(batch: HostBatch) -> HostBatch:
+    labels = np.where(batch.index >= 0, batch.arrays["label"], -1).astype(np.int32)
+    return dataclasses.replace(batch, arrays={**batch.arrays, "label": labels})
 
 
 @dataclasses.dataclass(frozen=True)

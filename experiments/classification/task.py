@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from experiments.runtime import regions
 from experiments.runtime.errors import DataLost
@@ -52,6 +52,10 @@ class Classification:
         """All of them."""
         return jax.tree.map(lambda _: True, params)
 
+    def parted(self, params: Any) -> Any:
+        """None of them."""
+        return jax.tree.map(lambda _: False, params)
+
     def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
         """The one size of images."""
         size = self.image_size
@@ -61,9 +65,10 @@ class Classification:
     evaluation_batch_shapes = batch_shapes
 
     def loss(
-        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
+        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Any, Mapping[str, Float[Array, ""]]]]:
         """Cross-entropy with smoothed labels; beside it the "accuracy"."""
+        del step
         images, labels = batch["image"], batch["label"]
         if self.crops:
             images = pad_crop_flip(key, images, flip=self.flips)

@@ -14,7 +14,6 @@ import dataclasses
 import json
 import pathlib
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -82,7 +81,7 @@ def main() -> None:
         if not shown:
             raise UserError(f"none of the {len(skipped)} images can be read; give others.")
         try:
-            out = _folder(arguments)
+            out = run_folder.results_folder(arguments.out, arguments.run_dir / "predictions")
             write_text(out / "detections.json", json.dumps(found) + "\n")
             pictures.draw_objects(
                 out / "detections.png",
@@ -152,14 +151,6 @@ def _readable(
         except (OSError, BrokenImageError) as error:
             skipped.append(path)
             print(f"skipped {path}: {reason(error)}", file=sys.stderr)
-
-
-def _folder(arguments: Arguments) -> pathlib.Path:
-    if arguments.out is not None:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        return arguments.out
-    time_now = time.strftime("%Y%m%d-%H%M%S")
-    return run_folder.made_anew(arguments.run_dir / "predictions" / time_now)
 
 
 def _counted(objects: list[dict[str, Any]]) -> str:

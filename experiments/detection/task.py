@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from drconv_jax.detection import Detections, FasterRCNN, MaskRCNN, Objects, as_backbone, normalize
 from drconv_jax.weights import LoadReport, load_matching
@@ -85,6 +85,10 @@ class Detection:
 
         return jax.tree_util.tree_map_with_path(is_trained, params)
 
+    def parted(self, params: Any) -> Any:
+        """None of them."""
+        return jax.tree.map(lambda _: False, params)
+
     def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
         """Those on each canvas."""
         return tuple(self.preparation.batch_shapes(c, batch_size) for c in self.canvases)
@@ -97,9 +101,10 @@ class Detection:
         )
 
     def loss(
-        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
+        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Any, Mapping[str, Float[Array, ""]]]]:
         """The sum of the detector's losses; beside it each of them."""
+        del step
         objects = Objects(batch["boxes"], batch["labels"], batch.get("masks"))
         losses, updates = self.model.apply(
             variables,

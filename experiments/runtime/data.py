@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import concurrent.futures
-import contextlib
 import dataclasses
 import functools
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Literal
 
 import numpy as np
+from jaxtyping import UInt8
 from rich.progress import track
 
 from experiments.runtime import images, sources
-from experiments.runtime.errors import DataLost, UserError, reason
-from experiments.runtime.sources import ArraySplit, Dataset, EncodedSplit
+from experiments.runtime.errors import DataLost, UserError, blaming, reason
+from experiments.runtime.sources import ArraySplit, Dataset, EncodedSplit, Sample
 from experiments.runtime.sources.splits import digest_of
 
 Hold = Literal["auto", "memory", "disk"]
 
-# What is held in memory without being asked to.
-_MEMORY = 4 * 2**30
+IN_MEMORY = 4 * 2**30
+"""Bytes of images that are held in memory without being asked to."""
 
 _ON_DISK: dict[str, Callable[[str], Dataset]] = {
     "folder": lambda path: sources.folder(pathlib.Path(path)),
@@ -62,7 +62,7 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
             raise UserError(
                 f"--data {source} is held in memory, but {' and '.join(asked)}; give another value."
             )
-        with _blaming("--data"):
+        with blaming("--data"):
             if kind == "digits":
                 return sources.digits(size)
             return sources.idx(pathlib.Path(path), size)
@@ -78,9 +78,9 @@ def load(source: str, size: int, *, hold: Hold = "auto", whole_images: bool = Fa
         )
     dataset = on_disk(source)
     take = (len(dataset.train) + len(dataset.test)) * size * size * 3
-    if whole_images or hold == "disk" or (hold == "auto" and take > _MEMORY):
+    if whole_images or hold == "disk" or (hold == "auto" and take > IN_MEMORY):
         return dataset
-    with _blaming("--data"):
+    with blaming("--data"):
         return _in_memory(path, dataset, size)
 
 
@@ -100,17 +100,8 @@ def on_disk(source: str, option: str = "--data") -> Dataset:
             f'{option} must be "folder:PATH", "arrayrecord:PATH" or "hf:NAME_OR_PATH", got '
             f'"{source}".'
         )
-    with _blaming(option):
+    with blaming(option):
         return _ON_DISK[kind](path)
-
-
-@contextlib.contextmanager
-def _blaming(option: str) -> Iterator[None]:
-    """Puts before an error the option whose value is at fault."""
-    try:
-        yield
-    except (UserError, DataLost) as error:
-        raise UserError(f"{option}: {error}") from None
 
 
 def absolute(source: str) -> str:
@@ -140,29 +131,15 @@ def _decoded(
     size: int,
     skipped: list[str],
 ) -> ArraySplit:
-    pixels = np.empty((len(split), size, size, 3), np.uint8)
     labels = np.full(len(split), -1, np.int32)
     digests = [b""] * len(split)
 
-    def decode(index: int) -> str | None:
-        try:
-            sample = split[index]
-            pixels[index] = images.squashed(sample.content, size)
-        except DataLost:
-            raise
-        except Exception as error:  # of any kind: one broken image never stops a run
-            return f"{split.name_of(index)}: {reason(error)}"
+    def seen(index: int, sample: Sample) -> None:
         labels[index] = sample.label
         digests[index] = f"{digest_of([sample.content])} {sample.label}".encode()
-        return None
 
-    broken: list[str] = []
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = pool.map(decode, range(len(split)))
-        shown = functools.partial(track, transient=True, disable=not sys.stdout.isatty())
-        for report in shown(found, f"reading {name} images", len(split)):
-            if report is not None:
-                broken.append(report)
+    pixels, reasons = decoded(split, (size, size), f"reading {name} images", seen)
+    broken = [f"{split.name_of(index)}: {why}" for index, why in reasons.items()]
     skipped += broken
     good = labels >= 0
     if not good.any():
@@ -183,3 +160,39 @@ def _decoded(
     if not good.all():
         pixels, labels = pixels[good], labels[good]
     return ArraySplit(pixels, labels, (split, np.flatnonzero(good)), digest_of(digests))
+
+
+def decoded(
+    split: EncodedSplit,
+    size: tuple[int, int],
+    title: str,
+    seen: Callable[[int, Sample], None] = lambda index, sample: None,
+) -> tuple[UInt8[np.ndarray, "count height width 3"], dict[int, str]]:
+    """All images of a split, resized, and which could not be read, and why.
+
+    Args:
+      split: the images.
+      size: their height and width in memory.
+      title: of the progress bar.
+      seen: is called with every image that was read, from any thread.
+
+    Raises:
+      DataLost: it is not only single ones that cannot be read.
+    """
+    pixels = np.zeros((len(split), *size, 3), np.uint8)
+
+    def decode(index: int) -> str | None:
+        try:
+            sample = split[index]
+            pixels[index] = images.squashed(sample.content, size)
+        except DataLost:
+            raise
+        except Exception as error:  # of any kind: one broken image never stops a run
+            return reason(error)
+        seen(index, sample)
+        return None
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        shown = functools.partial(track, transient=True, disable=not sys.stdout.isatty())
+        reasons = list(shown(pool.map(decode, range(len(split))), title, len(split)))
+    return pixels, {index: why for index, why in enumerate(reasons) if why is not None}

@@ -31,6 +31,15 @@ class Preempted(SystemExit):
 
 
 @contextlib.contextmanager
+def blaming(option: str) -> Iterator[None]:
+    """Puts before an error within the option whose value is at fault."""
+    try:
+        yield
+    except (UserError, DataLost) as error:
+        raise UserError(f"{option}: {error}") from None
+
+
+@contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turns a UserError, lost data and a full disk into a sentence on stderr and exit status 2."""
     try:

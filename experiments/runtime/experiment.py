@@ -122,7 +122,7 @@ class Setup:
       left_out: what of the data is not used and why, a line for each kind.
       files: by name, what is written into the run's folder as JSON beside its options.
       pictures: by name, what draws a picture into the run's folder in the end; each is called with
-        the path and the variables.
+        the path and the variables, without parameters that lie in parts for good.
     """
 
     task: Task
@@ -246,13 +246,14 @@ def run(
         setup.task, setup.feed, config.train, run_dir, mesh=mesh, checkpoint=config.checkpoint
     )
     skipped = [*setup.skipped, *skipped]
-    variables = meshes.on_host(state.variables, mesh)
+    whole = {**state.variables, "params": _put_together(setup.task, state.variables["params"])}
+    variables = meshes.on_host(whole, mesh)
     if not leads:
         return
     report = {
         **metrics,
         "seconds": time.time() - start,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.variables["params"])),
         "skipped_images": len(skipped),
         "skipped": skipped,
         "left_out": setup.left_out,
@@ -270,6 +271,13 @@ def run(
     print(
         f"{best.replace('_', ' ')} {metrics[best]:.4f} after {metrics['epoch']} epochs, "
         f"{report['parameters']:,} parameters, {len(skipped)} images skipped; see {run_dir}"
+    )
+
+
+def _put_together(task: Task, params: Any) -> Any:
+    """The parameters, but for those that lie in parts for good, in whose place is None."""
+    return jax.tree.map(
+        lambda leaf, is_parted: None if is_parted else leaf, params, task.parted(params)
     )
 
 

@@ -68,9 +68,10 @@ def upright(content: bytes) -> UInt8[np.ndarray, "height width 3"]:
         return np.asarray(rgb if orientation == 1 else rgb.transpose(UPRIGHT[orientation]))
 
 
-def squashed(content: bytes, size: int) -> Pixels:
-    """Decodes an image and resizes it to size x size, whatever its shape."""
-    return _cut_out(content, size, lambda width, height: (0, 0, width, height))
+def squashed(content: bytes, size: int | tuple[int, int]) -> UInt8[np.ndarray, "height width 3"]:
+    """Decodes an image and resizes it to a size, or to a height and width, whatever its shape."""
+    height, width = (size, size) if isinstance(size, int) else size
+    return _cut_out(content, height, width, lambda width, height: (0, 0, width, height))
 
 
 def centre_crop(content: bytes, size: int) -> Pixels:
@@ -81,7 +82,7 @@ def centre_crop(content: bytes, size: int) -> Pixels:
         left, top = (width - side) / 2, (height - side) / 2
         return left, top, left + side, top + side
 
-    return _cut_out(content, size, middle)
+    return _cut_out(content, size, size, middle)
 
 
 def random_resized_crop(
@@ -92,7 +93,7 @@ def random_resized_crop(
     The part is between 8 and 100 % of the area and between 3:4 and 4:3 in shape, as in the
     Inception paper (Szegedy et al., CVPR 2015, Section 6) and torchvision.
     """
-    pixels = _cut_out(content, size, functools.partial(_random_box, generator))
+    pixels = _cut_out(content, size, size, functools.partial(_random_box, generator))
     return pixels[:, ::-1] if flip and generator.random() < 0.5 else pixels
 
 
@@ -149,29 +150,33 @@ def normalize(images: UInt8[jax.Array, ...]) -> Float[jax.Array, ...]:
     return (images.astype(jax.numpy.float32) - 127.5) / 64.0
 
 
-def _cut_out(content: bytes, size: int, box_of: Callable[[int, int], _Box]) -> Pixels:
-    """Decodes an image, turns it upright, and resizes a part of it to size x size.
+def _cut_out(
+    content: bytes, out_height: int, out_width: int, box_of: Callable[[int, int], _Box]
+) -> UInt8[np.ndarray, "out_height out_width 3"]:
+    """Decodes an image, turns it upright, and resizes a part of it.
 
     Args:
       content: the encoded image.
-      size: pixels a side of what is returned.
+      out_height, out_width: pixels of what is returned.
       box_of: makes of the upright image's width and height the part's left, top, right and bottom.
 
     Raises:
       BrokenImageError: it cannot be decoded.
     """
     with opened(content) as image:
-        return _part(image, size, box_of)
+        return _part(image, out_height, out_width, box_of)
 
 
-def _part(image: Image.Image, size: int, box_of: Callable[[int, int], _Box]) -> Pixels:
+def _part(
+    image: Image.Image, out_height: int, out_width: int, box_of: Callable[[int, int], _Box]
+) -> UInt8[np.ndarray, "out_height out_width 3"]:
     if image.format not in ("JPEG", "MPO"):
         image.load()  # other formats may know their orientation, or even their size, only then
     orientation = exif_orientation(image)
     height, width = image.size if orientation >= 5 else image.size[::-1]
     box = box_of(width, height)
     # A JPEG is decoded at 1/2, 1/4 or 1/8 where that still has all the pixels that are kept.
-    factor = int(min(box[2] - box[0], box[3] - box[1]) // size)
+    factor = int(min((box[2] - box[0]) / out_width, (box[3] - box[1]) / out_height))
     if factor > 1:
         image.draft("RGB", (image.width // factor, image.height // factor))
     image = as_rgb(image)
@@ -179,8 +184,9 @@ def _part(image: Image.Image, size: int, box_of: Callable[[int, int], _Box]) -> 
         image = image.transpose(UPRIGHT[orientation])
     scale_x, scale_y = image.width / width, image.height / height
     box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
-    if box != (0, 0, size, size) or image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    out = (out_width, out_height)
+    if box != (0, 0, *out) or image.size != out:
+        image = image.resize(out, Image.Resampling.BILINEAR, box=box)
     return np.asarray(image)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding
 
 from experiments.runtime.errors import DataLost, Preempted, UserError
 
@@ -174,23 +174,23 @@ def by_batch(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(AXES))
 
 
-def with_shardings(shapes: Any, mesh: Mesh) -> Any:
-    """The shapes of a training state, and where each array lies on the mesh.
+def is_in_parts(sharding: Sharding) -> bool:
+    """Whether it is `by_batch` of some mesh."""
+    return isinstance(sharding, NamedSharding) and sharding.spec[:1] == (AXES,)
+
+
+def with_sharding(shape: jax.ShapeDtypeStruct, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The shape of an array of a training state, and where it lies on the mesh.
 
     With fsdp, a large array is split along the longest of its axes that the devices of a copy
     divide; everything else has a copy on every device.
     """
     parts = mesh.shape[AXES[1]]
-
-    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes: list[str | None] = [None] * len(leaf.shape)
-        even = [axis for axis, length in enumerate(leaf.shape) if length % parts == 0]
-        if parts > 1 and even and leaf.size >= _SPLIT_FROM:
-            axes[max(even, key=lambda axis: leaf.shape[axis])] = AXES[1]
-        sharding = NamedSharding(mesh, PartitionSpec(*axes))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
-
-    return jax.tree.map(place, shapes)
+    axes: list[str | None] = [None] * len(shape.shape)
+    even = [axis for axis, length in enumerate(shape.shape) if length % parts == 0]
+    if parts > 1 and even and shape.size >= _SPLIT_FROM:
+        axes[max(even, key=lambda axis: shape.shape[axis])] = AXES[1]
+    return shape.update(sharding=NamedSharding(mesh, PartitionSpec(*axes)))
 
 
 def on_devices(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:

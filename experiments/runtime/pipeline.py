@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import grain
@@ -187,6 +188,43 @@ def padded(
     """So many samples in their order, as `places` and `real` of `evaluation`."""
     index = np.arange(-(-count // batch_size) * batch_size).reshape(-1, batch_size)
     return np.minimum(index, count - 1), index < count
+
+
+def training_arrays(
+    arrays: Mapping[str, np.ndarray],
+    order: Callable[[int], Int[np.ndarray, length]],
+    step: int,
+    share: Share,
+) -> Iterator[HostBatch]:
+    """Batches as of `training`, of samples that are in memory.
+
+    Args:
+      arrays: those of all samples, one behind the other.
+      order: gives an epoch's samples, in their order, by its number; what is more than whole
+        batches is left out.
+      step: where to begin.
+      share: of a batch.
+    """
+    steps = len(order(0)) // share.batch_size
+    for epoch in itertools.count(step // steps):
+        samples = order(epoch)
+        for batch in range(step % steps, steps):
+            index = share.of(samples[batch * share.batch_size :])
+            yield HostBatch({name: a[index] for name, a in arrays.items()}, index, broken={})
+        step = 0
+
+
+def evaluation_arrays(
+    arrays: Mapping[str, np.ndarray],
+    places: Int[np.ndarray, "batches batch_size"],
+    real: Bool[np.ndarray, "batches batch_size"],
+    share: Share,
+) -> Iterator[HostBatch]:
+    """Batches as of `evaluation`, of samples that are in memory."""
+    for place, is_real in zip(places, real, strict=True):
+        own = share.of(place)
+        index = np.where(share.of(is_real), own, -1)
+        yield HostBatch({name: a[own] for name, a in arrays.items()}, index, broken={})
 
 
 class _OwnShare(grain.MapDataset[Any]):

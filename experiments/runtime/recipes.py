@@ -28,9 +28,9 @@ class Recipe:
     reference_batch: int = 0
     """Images that the learning rate is meant for: with a batch of more or fewer, the peak is higher
     or lower in proportion; 0 takes the rate as it is."""
-    schedule: Literal["cosine", "linear", "exponential", "steps"] = "cosine"
-    """From the peak: a cosine or a line down to zero, or steps down after every epoch
-    ("exponential") or at the epochs of decay ("steps")."""
+    schedule: Literal["cosine", "linear", "polynomial", "exponential", "steps"] = "cosine"
+    """From the peak: a cosine, a line or the square of one ("polynomial") down to zero, or steps
+    down after every epoch ("exponential") or at the epochs of decay ("steps")."""
     decay_rate: float = 0.98
     """What the schedules "exponential" and "steps" multiply the rate by."""
     decay_epochs: tuple[float, ...] = ()
@@ -112,6 +112,7 @@ def learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
     falling = {
         "cosine": optax.cosine_decay_schedule(peak, rest),
         "linear": optax.linear_schedule(peak, 0.0, rest),
+        "polynomial": optax.polynomial_schedule(peak, 0.0, 2, rest),
         "exponential": optax.exponential_decay(
             peak, steps_per_epoch, recipe.decay_rate, staircase=True
         ),

@@ -103,6 +103,19 @@ def made_anew(folder: pathlib.Path) -> pathlib.Path:
     raise AssertionError
 
 
+def results_folder(chosen: pathlib.Path | None, parent: pathlib.Path) -> pathlib.Path:
+    """Makes the folder for what a command finds with a trained network.
+
+    Args:
+      chosen: the folder that --out names, which may be there already, or None.
+      parent: where it names none, of a new folder that has the time for a name.
+    """
+    if chosen is not None:
+        chosen.mkdir(parents=True, exist_ok=True)
+        return chosen
+    return made_anew(parent / time.strftime("%Y%m%d-%H%M%S"))
+
+
 def write_config(folder: pathlib.Path, config: Any) -> None:
     """Saves a run's options, a dataclass, in its folder.
 

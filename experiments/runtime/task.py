@@ -63,6 +63,13 @@ class Task(Protocol):
     def trained(self, params: Any) -> Any:
         """For every parameter, whether it is trained; the others stay as `init` made them."""
 
+    def parted(self, params: Any) -> Any:
+        """For every parameter, whether it lies in parts over all devices for good.
+
+        Its first axis is parted, and nobody ever puts the parts together. In `loss` and `evaluate`
+        there are zeros behind it, as many as make the parts equal; their gradients must be zero.
+        """
+
     def batch_shapes(self, batch_size: int) -> tuple[BatchShapes, ...]:
         """Those of global batches of training, one for each size of the canvas."""
 
@@ -70,7 +77,7 @@ class Task(Protocol):
         """Those of evaluation, whose batches may have other arrays."""
 
     def loss(
-        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray
+        self, variables: Variables, batch: DeviceBatch, key: PRNGKeyArray, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""], tuple[Any, Mapping[str, Float[Array, ""]]]]:
         """The loss of a batch, as a mean over its samples.
 
@@ -78,6 +85,7 @@ class Task(Protocol):
           variables: of the network.
           batch: all samples count. With `Recipe.accumulate`, it is a part of a batch.
           key: of all that is random; another at every step.
+          step: steps taken before.
 
         Returns:
           The loss, and with it the new batch statistics and named scalars, means too, that are

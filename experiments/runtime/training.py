@@ -14,7 +14,7 @@ from flax import struct
 from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
-from experiments.runtime.mesh import by_batch, whole, with_shardings
+from experiments.runtime.mesh import by_batch, whole, with_sharding
 from experiments.runtime.recipes import Recipe, learning_rate, optimizer
 from experiments.runtime.task import BatchShapes, DeviceBatch, Task, Variables
 
@@ -105,6 +105,7 @@ def program(task: Task, recipe: Recipe, mesh: Mesh, *, steps_per_epoch: int) -> 
 
     def init() -> TrainState:
         variables = {"batch_stats": {}, **task.init(jax.random.key(recipe.seed))}
+        variables["params"] = _in_equal_parts(task, variables["params"], mesh.size)
         opt_state = update.init(_split(task, variables["params"])[0])
         average = jax.tree.map(jnp.copy, variables) if recipe.ema else None
         return TrainState(jnp.zeros((), jnp.int32), variables, opt_state, average)
@@ -112,7 +113,7 @@ def program(task: Task, recipe: Recipe, mesh: Mesh, *, steps_per_epoch: int) -> 
     def placed(shapes: tuple[BatchShapes, ...]) -> tuple[BatchShapes, ...]:
         return jax.tree.map(lambda shape: shape.update(sharding=by_batch(mesh)), shapes)
 
-    state = with_shardings(jax.eval_shape(init), mesh)
+    state = _placed(task, jax.eval_shape(init), update, mesh)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return Program(
         mesh=mesh,
@@ -139,11 +140,11 @@ def _train_step(
     rate: optax.Schedule,
 ) -> Callable[[TrainState, DeviceBatch], tuple[TrainState, Scalars]]:
     def loss_of(
-        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array
+        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array, step: Array
     ) -> tuple[Array, tuple[Any, Mapping[str, Array]]]:
         variables = {"params": _join(trained, frozen), "batch_stats": batch_stats}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return task.loss(variables, batch, key)
+            return task.loss(variables, batch, key, step)
 
     if recipe.remat:
         loss_of = jax.checkpoint(loss_of, policy=_is_dear)
@@ -151,7 +152,7 @@ def _train_step(
     gradients_of = jax.value_and_grad(loss_of, has_aux=True)
 
     def in_parts(
-        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array
+        trained: Any, frozen: Any, batch_stats: Any, batch: DeviceBatch, key: Array, step: Array
     ) -> Any:
         """Means over the parts of a batch; every device computes its own share of each part."""
         count = recipe.accumulate
@@ -162,14 +163,14 @@ def _train_step(
         def add_part(total: Any, part: tuple[DeviceBatch, Array]) -> tuple[Any, None]:
             sums, batch_stats = total
             (loss, (batch_stats, scalars)), gradients = gradients_of(
-                trained, frozen, batch_stats, *part
+                trained, frozen, batch_stats, *part, step
             )
             return (jax.tree.map(jnp.add, sums, (loss, scalars, gradients)), batch_stats), None
 
         parts = jax.tree.map(parts_of, batch), jax.random.split(key, count)
         first = jax.tree.map(lambda array: array[0], parts)
         (loss, (_, scalars)), gradients = jax.eval_shape(
-            gradients_of, trained, frozen, batch_stats, *first
+            gradients_of, trained, frozen, batch_stats, *first, step
         )
         zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), (loss, scalars, gradients))
         (sums, batch_stats), _ = jax.lax.scan(add_part, (zeros, batch_stats), parts)
@@ -180,11 +181,10 @@ def _train_step(
         # The seed itself is that of the initial values.
         key = jax.random.fold_in(jax.random.key(recipe.seed + 1), state.step)
         params, batch_stats = state.variables["params"], state.variables["batch_stats"]
-        # Where parameters lie in parts, XLA would exchange activations rather than gather them.
-        gathered = jax.lax.with_sharding_constraint(params, whole(mesh))
+        gathered = _gathered(task, params, mesh)
         compute = gradients_of if recipe.accumulate == 1 else in_parts
         (loss, (batch_stats, scalars)), gradients = compute(
-            *_split(task, gathered), batch_stats, batch, key
+            *_split(task, gathered), batch_stats, batch, key, state.step
         )
         trained, frozen = _split(task, params)
         changes, opt_state = update.update(gradients, state.opt_state, trained)
@@ -209,11 +209,61 @@ def _train_step(
 
 def _eval_step(task: Task, mesh: Mesh) -> Callable[[Variables, DeviceBatch], Any]:
     def step(variables: Variables, batch: DeviceBatch) -> Any:
-        gathered = jax.lax.with_sharding_constraint(variables, whole(mesh))
+        params = _gathered(task, variables["params"], mesh)
+        others = {name: tree for name, tree in variables.items() if name != "params"}
+        gathered = {**jax.lax.with_sharding_constraint(others, whole(mesh)), "params": params}
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return task.evaluate(gathered, batch)
 
     return step
+
+
+def _in_equal_parts(task: Task, params: Any, count: int) -> Any:
+    """What lies in parts, with zeros behind it so that there are `count` equal ones."""
+
+    def lengthened(param: Array, is_parted: bool) -> Array:
+        behind = -len(param) % count if is_parted else 0
+        return jnp.pad(param, [(0, behind), *((0, 0),) * (param.ndim - 1)]) if behind else param
+
+    return jax.tree.map(lengthened, params, task.parted(params))
+
+
+def _placed(
+    task: Task, state: TrainState, update: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The shapes of a state, and where its arrays lie; moments lie where their parameters do."""
+
+    def place(shape: Any, is_parted: bool = False) -> Any:
+        return shape.update(sharding=by_batch(mesh)) if is_parted else with_sharding(shape, mesh)
+
+    def variables_placed(variables: Any) -> Any:
+        params = variables["params"]
+        rest = jax.tree.map(place, {k: v for k, v in variables.items() if k != "params"})
+        return {**rest, "params": jax.tree.map(place, params, task.parted(params))}
+
+    params = state.variables["params"]
+    parted = jax.tree.map(
+        lambda is_trained, is_parted: is_parted if is_trained else None,
+        task.trained(params),
+        task.parted(params),
+    )
+    return TrainState(
+        place(state.step),
+        variables_placed(state.variables),
+        optax.tree.map_params(update, place, state.opt_state, parted, transform_non_params=place),
+        None if state.average is None else variables_placed(state.average),
+    )
+
+
+def _gathered(task: Task, params: Any, mesh: Mesh) -> Any:
+    """A copy of the parameters on every device, but for those that nobody puts together.
+
+    Where parameters lie in parts, XLA would exchange activations rather than gather them.
+    """
+    shardings = jax.tree.map(
+        lambda is_parted: by_batch(mesh) if is_parted else whole(mesh), task.parted(params)
+    )
+    return jax.lax.with_sharding_constraint(params, shardings)
 
 
 def _split(task: Task, params: Any) -> tuple[Any, Any]:

@@ -15,9 +15,10 @@ from jaxtyping import Int
 
 from experiments.runtime.errors import UserError
 from experiments.runtime.images import BrokenImageError
-from experiments.runtime.sources.labels import numbered
+from experiments.runtime.sources.labels import check_range, numbered
 from experiments.runtime.sources.splits import (
     Dataset,
+    Labelled,
     Sample,
     can_be_mirrored,
     count_of,
@@ -76,19 +77,54 @@ def hugging_face(source: str) -> Dataset:
             left_out.append(f'{count_of(without, "row")} without a label in the split "{name}"')
     kept = {"train": labels["train"][places["train"]], "test": labels[used][places[used]]}
     classes, kept = numbered(source, names, kept)
-    root = pathlib.Path(source) if os.path.isdir(source) else None
     train, test = (
-        _ColumnSplit(
-            found[name].select_columns([image]).cast_column(image, datasets.Image(decode=False)),
-            image,
-            name,
-            places[name],
-            kept[split],
-            root,
-        )
+        _column_split(datasets, found[name], image, name, places[name], kept[split], source)
         for split, name in (("train", "train"), ("test", used))
     )
     return Dataset(train, test, classes, left_out=tuple(left_out), flips=can_be_mirrored(classes))
+
+
+def hugging_face_train(source: str) -> Labelled:
+    """The split "train" of a data set as of `hugging_face`, which needs no other.
+
+    Raises:
+      UserError: it cannot be loaded, or has no such split or no labels.
+    """
+    datasets = importlib.import_module("datasets")
+    found = _loaded(datasets, source, "train")
+    if "train" not in found:
+        raise UserError(f'"{source}" must have a split "train", got {", ".join(found)}.')
+    left_out: list[str] = []
+    rows = found["train"]
+    image, label = (
+        _column(source, rows.features, kind, left_out)
+        for kind in (datasets.Image, datasets.ClassLabel)
+    )
+    names = rows.features[label].names
+    labels = _labels(source, found, "train", label, names)
+    check_range(source, "train", labels[labels != -1], len(names))
+    places = np.flatnonzero(labels >= 0)
+    if without := len(labels) - len(places):
+        left_out.append(f"{count_of(without, 'row')} without a label")
+    if not len(places):
+        raise UserError(f'no row of "{source}" has a label.')
+    present, numbers = np.unique(labels[places], return_inverse=True)
+    split = _column_split(datasets, rows, image, "train", places, numbers, source)
+    return Labelled(split, numbers, tuple(names[n] for n in present), tuple(left_out))
+
+
+def _column_split(
+    datasets: Any,
+    rows: Any,
+    image: str,
+    name: str,
+    places: Int[np.ndarray, count],
+    labels: Int[np.ndarray, count],
+    source: str,
+) -> _ColumnSplit:
+    root = pathlib.Path(source) if os.path.isdir(source) else None
+    encoded = rows.select_columns([image]).cast_column(image, datasets.Image(decode=False))
+    return _ColumnSplit(encoded, image, name, places, labels, root)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +173,8 @@ class _ColumnSplit:
         return self.rows[int(self.places[index])][self.image] or {}
 
 
-def _loaded(datasets: Any, source: str) -> Any:
+def _loaded(datasets: Any, source: str, only: str | None = None) -> Any:
+    """The splits of a data set; `only` is what one that has no splits is taken for."""
     try:
         try:
             found = datasets.load_from_disk(source) if os.path.isdir(source) else None
@@ -146,6 +183,8 @@ def _loaded(datasets: Any, source: str) -> Any:
         found = datasets.load_dataset(source) if found is None else found
     except Exception as error:  # of many kinds, all about the source
         raise UserError(f'datasets cannot load "{source}": {error}') from None
+    if only is not None and isinstance(found, datasets.Dataset):
+        return {only: found}
     if not isinstance(found, datasets.DatasetDict):
         raise UserError(
             f'"{source}" is one split only; save a DatasetDict with "train" and one of '

@@ -119,6 +119,22 @@ class Dataset:
         }
 
 
+class Labelled(NamedTuple):
+    """Images that are in no splits yet.
+
+    Attributes:
+      images: all of them.
+      labels: their classes.
+      classes: names, in the order of the labels.
+      left_out: what of the source is not used and why, a line for each kind.
+    """
+
+    images: EncodedSplit
+    labels: Int[np.ndarray, count]
+    classes: tuple[str, ...]
+    left_out: tuple[str, ...] = ()
+
+
 def digest_of(parts: Iterable[bytes]) -> str:
     """A short digest of byte strings, each of which counts as such."""
     whole = hashlib.blake2b(digest_size=16)

@@ -1,4 +1,4 @@
-"""Image files in a tree of folders, train/CLASS/x.jpg and test|val/CLASS/x.jpg, or a zip of one."""
+"""Image files in a tree of folders, or a zip of one: in splits and classes, or in classes alone."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from experiments.runtime.errors import DataLost, UserError, reason
 from experiments.runtime.sources.labels import numbered
 from experiments.runtime.sources.splits import (
     Dataset,
+    Labelled,
     Sample,
     can_be_mirrored,
     count_of,
@@ -48,11 +49,52 @@ def folder(path: pathlib.Path) -> Dataset:
     Raises:
       UserError: there is no such tree, there are two, or the splits have not the same classes.
     """
+    names, reader, left_out = files_of(path)
+    return _dataset(str(path), names, reader, left_out)
+
+
+def one_split(path: pathlib.Path) -> Labelled:
+    """A tree CLASS/x.jpg, in any folder, or a zip of one.
+
+    What is hidden (.x, __MACOSX, Thumbs.db) is no part of the tree.
+
+    Raises:
+      UserError: there is no such tree, or two of its folders are the same class.
+    """
+    names, reader, left_out = files_of(path)
+    images = _images(reader, names, left_out)
+    if nowhere := images.pop((), []):
+        left_out.append(f'{count_of(len(nowhere), "image")} in no folder, as "{nowhere[0]}"')
+    folders: dict[str, Folder] = {}
+    for folder in sorted(images):
+        if (other := folders.setdefault(folder[-1], folder)) != folder:
+            raise UserError(
+                f'"{path}" has two folders "{folder[-1]}", "{"/".join(other)}" and '
+                f'"{"/".join(folder)}"; join them, or rename one.'
+            )
+    if not folders:
+        but = f"; it has {'; '.join(left_out)}" if left_out else ""
+        raise UserError(f'"{path}" has no images in folders, as in CLASS/x.jpg{but}.')
+    classes = sorted(folders)
+    entries = [
+        (name, label) for label, c in enumerate(classes) for name in sorted(images[folders[c]])
+    ]
+    labels = np.array([label for _, label in entries])
+    split = _FileSplit([name for name, _ in entries], labels, 0, reader)
+    return Labelled(split, labels, tuple(classes), tuple(left_out))
+
+
+def files_of(path: pathlib.Path) -> tuple[list[str], Reader, list[str]]:
+    """The files of a folder or of a zip, what reads them, and what could not be looked at.
+
+    Raises:
+      UserError: it is none of these.
+    """
     if not path.exists():
         raise UserError(f'there is no "{path}".')
     if path.is_dir():
         names, left_out = files_below(path)
-        return _dataset(str(path), names, FolderReader(path), left_out)
+        return names, FolderReader(path), left_out
     try:
         with zipfile.ZipFile(path) as archive:
             members = {info.filename: info for info in archive.infolist() if not info.is_dir()}
@@ -62,7 +104,14 @@ def folder(path: pathlib.Path) -> Dataset:
         raise UserError(f'"{path}" is neither a folder nor a zip file that can be read.') from None
     if members and all(info.flag_bits & 1 for info in members.values()):
         raise UserError(f'"{path}" is encrypted; give a zip without a password, or a folder.')
-    return _dataset(str(path), sorted(spelt.values()), ZipReader(path), [])
+    return sorted(spelt.values()), ZipReader(path), []
+
+
+def images_of(path: pathlib.Path) -> tuple[list[str], Reader, list[str]]:
+    """`files_of`, without what is hidden and what has no suffix of an image."""
+    names, reader, left_out = files_of(path)
+    images = _images(reader, names, left_out)
+    return sorted(itertools.chain.from_iterable(images.values())), reader, left_out
 
 
 class Reader(Protocol):
@@ -202,7 +251,8 @@ class _Found(NamedTuple):
     names: list[str]
 
 
-def _dataset(where: str, names: Iterable[str], reader: Reader, left_out: list[str]) -> Dataset:
+def _images(reader: Reader, names: Iterable[str], left_out: list[str]) -> dict[Folder, list[str]]:
+    """The images among the files, by the folder that they are in."""
     images: dict[Folder, list[str]] = collections.defaultdict(list)
     others: collections.Counter[str] = collections.Counter()
     for name in names:
@@ -217,6 +267,11 @@ def _dataset(where: str, names: Iterable[str], reader: Reader, left_out: list[st
     if others:
         kinds = ", ".join(f"{suffix} {count}" for suffix, count in others.most_common(5))
         left_out.append(f"{count_of(others.total(), 'file')} of other kinds than images ({kinds})")
+    return images
+
+
+def _dataset(where: str, names: Iterable[str], reader: Reader, left_out: list[str]) -> Dataset:
+    images = _images(reader, names, left_out)
     found = _in_splits(where, images, left_out)
     train = _only([f for f in found if f.split[-1].lower() in _TRAIN], where, "train", left_out)
     known = {f.label for f in train}
