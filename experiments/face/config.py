@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from typing import Literal
 
 from drconv_jax.margin_softmax import Margin, arcface, combined, cosface
-
 from experiments.face.model import EmbedderConfig
 from experiments.runtime.checkpoints import CheckpointConfig
 from experiments.runtime.configs import check_options
