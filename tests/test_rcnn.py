@@ -313,10 +313,12 @@ def test_a_networks_losses_and_gradients(network, batch_norm, monkeypatch):
         masks[i, :, : own.shape[1], : own.shape[2]] = 255 * own
 
     def as_drawn(key, positive, negative, size, fraction):
-        """What torchvision drew: anchors at the first call, regions at the second."""
-        drawn = []
+        """What torchvision drew for an image, which its key tells: anchors, or else regions."""
+        are_anchors, drawn = positive.shape[0] > 1000, []
+        keys = jax.random.split(jax.random.split(KEY)[0 if are_anchors else 1], 2)
+        image = (jax.random.key_data(keys) == jax.random.key_data(key)[None]).all(-1).argmax()
         for i in range(2):
-            if positive.shape[1] > 1000:
+            if are_anchors:
                 parts = [g[f"rpn/sampled_{kind}/{i}"] for kind in ("positive", "negative")]
             else:
                 chosen, is_object = g[f"roi/sampled/{i}"], g[f"roi/labels/{i}"] > 0
@@ -324,9 +326,9 @@ def test_a_networks_losses_and_gradients(network, batch_norm, monkeypatch):
             chosen = np.concatenate(parts)
             slots = np.arange(size)
             drawn.append((np.resize(chosen, size), slots < len(parts[0]), slots < len(chosen)))
-        return Sample(*(jnp.asarray(np.stack(a)) for a in zip(*drawn, strict=True)))
+        return Sample(*(jnp.asarray(np.stack(a))[image] for a in zip(*drawn, strict=True)))
 
-    monkeypatch.setattr(rcnn, "_sample", as_drawn)
+    monkeypatch.setattr(rcnn, "sample", as_drawn)
 
     def loss(params):
         named, updates = model.apply(

@@ -200,8 +200,10 @@ def tar_nearest_far(curve: Roc, target: float) -> TarAtFar:
     As InsightFace's evaluation on IJB: of corners with the same FAR the one of the best TAR, of a
     lower and a higher FAR that are equally near the higher.
     """
-    bends = np.abs(np.diff([curve.far, curve.tar], n=2)).max(axis=0)
-    corners = np.flatnonzero(np.concatenate([[1], bends, [1]]) > 1e-12)  # above rounding
+    # Of the points behind the origin, those that do not lie on a line through their neighbours.
+    bends = np.abs(np.diff([curve.far[1:], curve.tar[1:]], n=2)).max(axis=0)
+    ends = np.ones(len(curve.far) - len(bends))
+    corners = np.flatnonzero(np.concatenate([ends[:2], bends, ends[2:]]) > 1e-12)  # above rounding
     distances = np.abs(curve.far[corners] - target)
     return _point(curve, int(corners[np.flatnonzero(distances == distances.min())[-1]]))
 
